@@ -1,0 +1,242 @@
+"""Trains the embedded base model from nothing: `python -m assets.make_base`. About half an hour on one core.
+
+In order: prompts, tokenizer, autoencoder, then U-Net and text model together on cached latents. Each part is a real
+diffusers or transformers class, saved in the layout of Stable Diffusion.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Generator, Tensor
+from torch.nn import functional
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from assets.digits import ASSETS, Variation, random_scene, split_scenes, write_prompt
+from rewards.digit_alignment import COLOURS, IMAGE_SIZE, Said
+
+SEED = 0
+BASE = ASSETS / "digits-base"
+WIDTH = 64
+MAX_TOKENS = 16
+NUM_SCENES = 40_000
+AUTOENCODER_STEPS, UNET_STEPS = 1200, 6000
+BATCH_SIZE = 64
+PROMPT_DROPOUT = 0.1
+SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+
+
+def write_prompts() -> None:
+    """Writes the two prompt files."""
+    for name, scenes in zip(("train", "held_out"), split_scenes(), strict=True):
+        lines = [write_prompt(scene) for scene in scenes]
+        (ASSETS / f"prompts_{name}.txt").write_text("\n".join(lines) + "\n")
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """Trains a byte-level BPE vocabulary in CLIP's form (words end in </w>) on all prompts."""
+    sentences = [write_prompt(scene) for scenes in split_scenes() for scene in scenes]
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=640, initial_alphabet=sorted(alphabet), end_of_word_suffix="</w>", show_progress=False
+    )
+    tokenizer.train_from_iterator(sentences, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return _clip_tokenizer(sorted(alphabet), [" ".join(pair) for pair in model["merges"]])
+
+
+def _clip_tokenizer(alphabet: list[str], merges: list[str]) -> CLIPTokenizer:
+    """CLIP's order of the vocabulary: bytes, bytes that end a word, merges, special tokens."""
+    words = [*alphabet, *(f"{letter}</w>" for letter in alphabet)]
+    words += [merge.replace(" ", "") for merge in merges] + list(SPECIAL)
+    folder = BASE / "tokenizer"
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS
+    )
+
+
+def train_autoencoder() -> AutoencoderKL:
+    """Trains 32x32x3 -> 4x8x8 with an L1 loss and a light pull to a unit Gaussian."""
+    torch.manual_seed(SEED)
+    noise = Generator().manual_seed(SEED)
+    autoencoder = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+    )
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, AUTOENCODER_STEPS)
+    for step in range(AUTOENCODER_STEPS):
+        images, _ = random_scene(32, True, Variation(), noise)
+        pixels = images * 2 - 1
+        posterior = autoencoder.encode(pixels).latent_dist
+        decoded = autoencoder.decode(posterior.sample(generator=noise)).sample
+        loss = functional.l1_loss(decoded, pixels) + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        _descend(loss, optimizer, schedule)
+        _say("autoencoder", step, loss)
+    return autoencoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def cache_latents(autoencoder: AutoencoderKL) -> tuple[Tensor, Tensor]:
+    """Returns latents (N, 4, 8, 8) of unit variance and scenes (N, 3), training combinations only."""
+    noise, training = Generator().manual_seed(SEED + 1), _scene_table()
+    latents, scenes = [], []
+    for _ in range(NUM_SCENES // 500):
+        images, said_N3 = random_scene(500, True, Variation(), noise)
+        latents.append(autoencoder.encode(images * 2 - 1).latent_dist.sample(generator=noise))
+        scenes.append(said_N3)
+    said_N3 = torch.cat(scenes)
+    kept_N = training[tuple(said_N3.unbind(1))] >= 0
+    latents_NCHW = torch.cat(latents)[kept_N]
+    autoencoder.register_to_config(scaling_factor=float(1 / latents_NCHW.std()))
+    return latents_NCHW * autoencoder.config.scaling_factor, said_N3[kept_N]
+
+
+def _scene_table() -> Tensor:
+    """Returns (10, 9, 9): the number of a training combination, or -1."""
+    table = torch.full((10, len(COLOURS), len(COLOURS)), -1)
+    for number, scene in enumerate(split_scenes()[0]):
+        table[scene] = number
+    return table
+
+
+def make_networks(tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """Returns the U-Net and the text model, untrained. Attention only at 4x4 keeps a forward pass cheap."""
+    torch.manual_seed(SEED + 2)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    text_model = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    return unet, text_model
+
+
+def train_unet(
+    unet: UNet2DConditionModel,
+    text_model: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    latents_NCHW: Tensor,
+    said_N3: Tensor,
+    num_steps: int,
+) -> None:
+    """Trains noise prediction (Ho et al., arXiv 2006.11239) with prompt dropout for guidance, in place."""
+    noise, scheduler = Generator().manual_seed(SEED + 3), make_scheduler()
+    tokens = _tokens(tokenizer, [write_prompt(Said(*said)) for said in said_N3.tolist()])
+    empty = _tokens(tokenizer, [""])
+    optimizer = torch.optim.AdamW([*unet.parameters(), *text_model.parameters()], weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, num_steps)
+    for step in range(num_steps):
+        pick_N = torch.randint(len(said_N3), (BATCH_SIZE,), generator=noise)
+        dropped_N = torch.rand(BATCH_SIZE, generator=noise) < PROMPT_DROPOUT
+        prompt_NL = torch.where(dropped_N[:, None], empty, tokens[pick_N])
+        timestep_N = torch.randint(1000, (BATCH_SIZE,), generator=noise)
+        target_NCHW = torch.randn(BATCH_SIZE, 4, 8, 8, generator=noise)
+        noisy_NCHW = scheduler.add_noise(latents_NCHW[pick_N], target_NCHW, timestep_N)
+        embedding_NLE = text_model(prompt_NL)[0]
+        predicted = unet(noisy_NCHW, timestep_N, encoder_hidden_states=embedding_NLE).sample
+        loss = functional.mse_loss(predicted, target_NCHW)
+        _descend(loss, optimizer, schedule)
+        _say("unet", step, loss)
+
+
+def make_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def _tokens(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+    tokens: Tensor = tokenizer(
+        prompts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
+    return tokens
+
+
+def _descend(
+    loss: Tensor, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler
+) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    for group in optimizer.param_groups:
+        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+    schedule.step()
+
+
+def _say(what: str, step: int, loss: Tensor) -> None:
+    if step % 200 == 0:
+        print(f"{what} step {step} loss {loss.item():.4f}", flush=True)
+
+
+def save(
+    unet: UNet2DConditionModel, text_model: CLIPTextModel, tokenizer: CLIPTokenizer, autoencoder: AutoencoderKL, to: Path
+) -> None:
+    """Writes the pipeline in diffusers layout."""
+    StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=text_model.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(to)
+
+
+def main(num_steps: int = UNET_STEPS, to: Path = BASE) -> None:
+    """Makes everything, in order."""
+    torch.set_num_threads(1)
+    write_prompts()
+    tokenizer = make_tokenizer()
+    autoencoder = train_autoencoder()
+    latents_NCHW, said_N3 = cache_latents(autoencoder)
+    unet, text_model = make_networks(tokenizer)
+    train_unet(unet, text_model, tokenizer, latents_NCHW, said_N3, num_steps)
+    save(unet, text_model, tokenizer, autoencoder, to)
+
+
+if __name__ == "__main__":
+    main(*(int(argument) for argument in sys.argv[1:]))

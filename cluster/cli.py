@@ -1,0 +1,179 @@
+"""The command line. Imports stay light here: `--help`, `--dry-run` and `digest` need no torch and no Ray."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from protocol.errors import SfumatoError
+
+if TYPE_CHECKING:
+    from protocol.recipe import Recipe
+
+EXIT_OURS, EXIT_UNEXPECTED, EXIT_INTERRUPTED = 2, 1, 130
+
+
+def run_command_line(arguments: Sequence[str]) -> int:
+    """Runs one command. Returns the exit code: 0, 2 for an error that explains itself, 1 for any other."""
+    options = parse(arguments)
+    try:
+        options.command(options)
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except SfumatoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_OURS
+    except Exception as error:
+        print(f"unexpected error: {type(error).__name__}: {error}\n(--debug shows where)", file=sys.stderr)
+        code = EXIT_UNEXPECTED
+    if options.debug:
+        traceback.print_exc()
+    return code
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the parsed command. Overrides may stand before, between and after options."""
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if "overrides" in options and not any(argument.startswith("-") for argument in rest):
+        options.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="sfumato",
+        description="Fine-tune text-to-image diffusion models with rewards and self-play, on a cluster or a laptop.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_train, _add_evaluate, _add_sample, _add_digest):
+        command = add(commands)
+        command.add_argument("--debug", action="store_true", help="show tracebacks and the logs of all processes")
+    return parser
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    command = commands.add_parser("train", help="run a recipe")
+    command.add_argument("recipe", metavar="RECIPE", type=Path, help="a YAML file, such as recipes/tiny_prdp.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
+    command.add_argument("--run-dir", type=Path, help="where the run is kept; default runs/<recipe>-<time>")
+    command.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
+    command.add_argument(
+        "--dry-run", action="store_true", help="check everything, print every derived number, start nothing"
+    )
+    command.set_defaults(command=_train)
+    return command
+
+
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    command = commands.add_parser("evaluate", help="compare a run's newest weights with its base model")
+    command.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    command.add_argument("--prompts", help="a prompt file; default: the recipe's held-out prompts")
+    command.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
+    command.set_defaults(command=_evaluate)
+    return command
+
+
+def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    command = commands.add_parser("sample", help="draw images of a prompt")
+    command.add_argument("source", metavar="RUN_OR_MODEL", help="a run directory, or a model folder or hub id")
+    command.add_argument("--prompt", required=True, help="what to draw")
+    command.add_argument("--out", required=True, type=Path, metavar="PNG", help="the picture to write")
+    command.add_argument("--num-images", type=int, default=4, help="images in the picture (default 4)")
+    command.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
+    command.add_argument("--num-steps", type=int, help="denoising steps; default: the recipe's, or 50")
+    command.add_argument("--guidance-scale", type=float, help="guidance; default: the recipe's, or 1")
+    command.set_defaults(command=_sample)
+    return command
+
+
+def _add_digest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    command = commands.add_parser("digest", help="print the digest of a run's weights, as the last line")
+    command.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    command.add_argument("--version", type=int, help="a version; default: the newest published one")
+    command.set_defaults(command=_digest)
+    return command
+
+
+def _train(options: argparse.Namespace) -> None:
+    from protocol.derived import check_before_start
+    from protocol.errors import RunDirError
+    from protocol.recipe_file import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    check_before_start(recipe)
+    _print_derived(recipe)
+    if options.dry_run:
+        return
+    if options.resume and options.run_dir is None:
+        raise RunDirError("--resume needs to know which run", do="add --run-dir DIR")
+    _start(recipe, options)
+
+
+def _print_derived(recipe: Recipe) -> None:
+    from protocol.derived import derived_numbers
+
+    numbers = derived_numbers(recipe)
+    width = max(map(len, numbers))
+    for name, value in numbers.items():
+        print(f"  {name:<{width}}  {value}")
+
+
+def _start(recipe: Recipe, options: argparse.Namespace) -> None:
+    from cluster.driver import Driver, check_redis, default_run_dir
+    from cluster.progress import display
+    from cluster.run_dir import RunDir
+    from rewards.loading import resolve
+
+    for reward in (*recipe.rewards, *recipe.evaluation.rewards):
+        resolve(reward.name)
+    check_redis(recipe)
+    run_dir = RunDir(options.run_dir or default_run_dir(options.recipe), recipe, resume=options.resume)
+    try:
+        print(f"run directory: {run_dir.path}", flush=True)
+        with display(recipe, run_dir.path) as show:
+            Driver(recipe, run_dir, show, debug=options.debug).run()
+    finally:
+        run_dir.release()
+    print(f"done: {run_dir.path}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from cluster.evaluate import evaluate_run, print_table, write_json
+
+    result = evaluate_run(options.run, options.prompts)
+    print_table(result)
+    if options.json:
+        write_json(result, options.json)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from cluster.sample import sample_to_file
+
+    sample_to_file(
+        options.source,
+        options.prompt,
+        options.out,
+        num_images=options.num_images,
+        seed=options.seed,
+        num_steps=options.num_steps,
+        guidance_scale=options.guidance_scale,
+    )
+    print(options.out)
+
+
+def _digest(options: argparse.Namespace) -> None:
+    from cluster.digest import digest_of
+
+    version, digest = digest_of(options.run, options.version)
+    print(f"version {version}")
+    print(digest)

@@ -1,0 +1,132 @@
+"""`sfumato evaluate`: base against tuned, on fixed prompts and seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from actors.evaluator import Estimate, ScoreImages, estimate, score_prompts, spread, win_rate
+from cluster.run_dir import read_recipe
+from diffusion.chain import Chain
+from diffusion.policy import Policy
+from diffusion.weights import unpack
+from learner.checkpoint import latest_checkpoint
+from protocol.errors import RecipeError, RunDirError
+from protocol.paths import read_prompts
+from protocol.recipe import Recipe
+from rewards.composition import weighted_sum
+from rewards.contract import check_scores
+from rewards.loading import build
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One reward: base, tuned, their paired difference, and how often tuned beats base at the same seed."""
+
+    base: Estimate
+    tuned: Estimate
+    difference: Estimate
+    win_rate: Estimate
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation; `rewards["mean"]` is the weighted sum that was trained on."""
+
+    run: str
+    version: int
+    prompts: str
+    num_prompts: int
+    images_per_prompt: int
+    seed: int
+    rewards: dict[str, Comparison]
+
+
+def evaluate_run(run_dir: Path, prompts_file: str | None) -> Evaluation:
+    """Draws and scores the same images with base and newest checkpointed weights."""
+    recipe = read_recipe(run_dir)
+    file = prompts_file or recipe.prompts.held_out
+    if file is None:
+        raise RecipeError("there are no prompts to evaluate on", do="give --prompts, or set prompts.held_out")
+    settings = recipe.evaluation
+    prompts = spread(read_prompts(file), settings.max_prompts)
+    found = latest_checkpoint(run_dir)
+    if found is None:
+        raise RunDirError(f"the run {run_dir} has no checkpoint yet", do="wait for it, or resume the run")
+    torch.set_num_threads(recipe.rollout_worker.threads)
+    policy = Policy.from_recipe(recipe, _device(recipe))
+    chain, score = Chain(policy, recipe.sampler), make_scorer(recipe)
+    # A policy as loaded computes what the base does: its adapters start as zero.
+    base = score_prompts(chain, prompts, settings.images_per_prompt, settings.seed, score)
+    policy.load_trainable_state(unpack(found.version_bytes(found.meta.round)))
+    tuned = score_prompts(chain, prompts, settings.images_per_prompt, settings.seed, score)
+    return Evaluation(
+        str(run_dir),
+        found.meta.round,
+        file,
+        len(prompts),
+        settings.images_per_prompt,
+        settings.seed,
+        {label: compare(base[label], tuned[label]) for label in base},
+    )
+
+
+def make_scorer(recipe: Recipe) -> ScoreImages:
+    """Returns a function that scores images with every reward of a recipe, in this process."""
+    trained, extra = recipe.rewards, recipe.evaluation.rewards
+    functions = {reward.label: build(reward.name, reward.kwargs) for reward in (*trained, *extra)}
+    weights = {reward.label: reward.weight for reward in trained}
+
+    def score(images: np.ndarray, prompt: str) -> Mapping[str, np.ndarray]:
+        prompts = [prompt] * len(images)
+        parts = {
+            label: check_scores(label, function(images, prompts), prompts)
+            for label, function in functions.items()
+        }
+        return {"mean": weighted_sum({label: parts[label] for label in weights}, weights), **parts}
+
+    return score
+
+
+def compare(base_PN: np.ndarray, tuned_PN: np.ndarray) -> Comparison:
+    """Returns the comparison of two (prompts, images) score arrays that share prompts and seeds."""
+    return Comparison(
+        estimate(base_PN), estimate(tuned_PN), estimate(tuned_PN - base_PN), win_rate(tuned_PN, base_PN)
+    )
+
+
+def print_table(result: Evaluation) -> None:
+    """Prints one row a reward, means with standard errors over prompts."""
+    table = Table(
+        title=f"version {result.version} against its base on {result.num_prompts} prompts x "
+        f"{result.images_per_prompt} images of {result.prompts}"
+    )
+    for column in ("reward", "base", "tuned", "difference", "wins against base"):
+        table.add_column(column, justify="left" if column == "reward" else "right")
+    for label, row in result.rewards.items():
+        name = "trained reward (sum)" if label == "mean" else label
+        wins = f"{100 * row.win_rate.mean:.1f} ± {100 * row.win_rate.standard_error:.1f} %"
+        table.add_row(name, *(_with_error(part) for part in (row.base, row.tuned, row.difference)), wins)
+    Console().print(table)
+
+
+def write_json(result: Evaluation, path: Path) -> None:
+    """Writes the result for other programs."""
+    path.write_text(json.dumps(asdict(result), indent=1) + "\n")
+
+
+def _with_error(part: Estimate) -> str:
+    return f"{part.mean:.3f} ± {part.standard_error:.3f}"
+
+
+def _device(recipe: Recipe) -> str:
+    wants_gpu = recipe.rollout_worker.num_gpus > 0
+    return "cuda" if wants_gpu and torch.cuda.is_available() else "cpu"
+

@@ -1,0 +1,272 @@
+"""Launching: plain classes become Ray actors, placed as the recipe says."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.scoring import RewardPool, Scorer
+from cluster.weight_store import StoreClient, WeightStore
+from protocol.errors import RecipeError
+from protocol.recipe import Placement, Recipe, Reward
+from protocol.stream import Streams, connect
+from protocol.tickets import Ticket, TicketPlan
+
+ROLE_RESTARTS = 10
+"""How often Ray restarts a weight store or a reward actor: they hold nothing that cannot be had again."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What a process needs to join an attempt's streams."""
+
+    url: str
+    run_id: str
+    attempt: int
+    num_shards: int
+    timeout_s: float
+
+    def open(self) -> Streams:
+        """Connects. Raises RedisError."""
+        client = connect(self.url, timeout_s=self.timeout_s)
+        return Streams(client, run_id=self.run_id, attempt=self.attempt, num_shards=self.num_shards)
+
+
+class RolloutProcess:
+    """A rollout worker in a process of its own. `run` and `stop` are called concurrently."""
+
+    def __init__(
+        self, name: str, recipe: Recipe, endpoint: Endpoint, store: Any, pools: Sequence[RewardPool]
+    ) -> None:
+        import torch
+
+        from actors.rollout import Rollout
+        from actors.rollout_worker import RolloutWorker
+        from diffusion.chain import Chain
+        from diffusion.policy import Policy
+
+        torch.set_num_threads(recipe.rollout_worker.threads)
+        self._recipe, self._stopping = recipe, threading.Event()
+        self._policy = Policy.from_recipe(recipe, device_of(recipe.rollout_worker))
+        self._chain = Chain(self._policy, recipe.sampler)
+        self._store, self._scorer = StoreClient(store), Scorer(pools)
+        rollout = Rollout(self._chain, self._fetch, self._scorer, name)
+        self._worker = RolloutWorker(name, rollout, endpoint.open(), recipe)
+
+    def ready(self) -> str:
+        """Returns the process's host, once it is built."""
+        return socket.gethostname()
+
+    def run(self) -> None:
+        """Answers tickets until `stop`."""
+        self._worker.run(self._stopping.is_set)
+
+    def stop(self) -> None:
+        """Lets `run` return after the ticket in hand."""
+        self._stopping.set()
+
+    def draw_grid(self, prompts: Sequence[str], data: bytes | None) -> list[tuple[str, Any, Any]]:
+        """Returns (prompt, images, rewards) at the evaluation's fixed seeds, with weights or with the base's."""
+        from actors.evaluator import draw_images
+        from diffusion.weights import unpack
+
+        if data is not None:
+            self._policy.load_trainable_state(unpack(data))
+        rows = []
+        for prompt in prompts:
+            images = draw_images(
+                self._chain, prompt, self._recipe.evaluation.grid_images, self._recipe.evaluation.seed
+            )
+            rows.append((prompt, images, self._scorer(images, prompt, prompt).result()["reward_G"]))
+        return rows
+
+    def _fetch(self, ticket: Ticket) -> bytes:
+        """Waits until the store has the ticket's weights: a restarted store is filled again by the learner."""
+        while not self._stopping.is_set():
+            data = self._store.fetch(ticket.weights_digest)
+            if data is not None:
+                return data
+            self._stopping.wait(0.2)
+        raise SystemExit
+
+
+class LearnerProcess:
+    """One learner rank in a process of its own."""
+
+    def address(self) -> tuple[str, int]:
+        """Returns this node's address and a free port, for the gang to meet at rank 0."""
+        with closing(socket.socket()) as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def join(
+        self,
+        rank: int,
+        meeting: tuple[str, int],
+        recipe: Recipe,
+        plan: TicketPlan,
+        run_dir: str,
+        endpoint: Endpoint,
+        store: Any,
+    ) -> None:
+        """Builds the rank; returns when the whole gang is built."""
+        address, port = meeting
+        os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(recipe.learner.world_size))
+        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+        import torch
+
+        from learner.train import LearnerRank
+
+        device = torch.device(device_of(recipe.learner))
+        self._rank = LearnerRank(recipe, plan, Path(run_dir), endpoint.open(), StoreClient(store), device)
+
+    def train(self) -> None:
+        """Runs the rounds that are left."""
+        self._rank.train()
+
+
+class RewardProcess:
+    """A reward actor in a process of its own."""
+
+    def __init__(self, settings: Reward) -> None:
+        from actors.reward_actor import RewardActor
+        from rewards.contract import check_scores
+        from rewards.loading import build
+
+        self._actor = RewardActor(settings.label, build(settings.name, settings.kwargs), check_scores)
+
+    def probe(self, prompts: Sequence[str], size: int) -> None:
+        """Scores generated images, so that a reward that cannot work is refused before a run starts."""
+        from rewards.contract import probe_images
+
+        for prompt in prompts:
+            self._actor.score(probe_images(2, size), prompt)
+
+    def score(self, images: Any, prompt: str) -> Any:
+        """Returns (G,) fp32 scores."""
+        return self._actor.score(images, prompt)
+
+
+def connect_ray(recipe: Recipe, *, debug: bool) -> None:
+    """Joins the cluster that RAY_ADDRESS names (as in `ray job submit`), or starts a local Ray of our own."""
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"address": address} if address else local_options(recipe)
+    ray.init(
+        **options,
+        log_to_driver=debug,
+        logging_level="INFO" if debug else "ERROR",
+        runtime_env={"worker_process_setup_hook": "sfumato.set_up_ray_worker"},
+    )
+
+
+def local_options(recipe: Recipe) -> dict[str, Any]:
+    """A laptop's Ray has as many CPUs as the roles ask for: they share what cores there are."""
+    wanted = sum(placement.num_cpus * count for placement, count in roles(recipe))
+    return {"address": "local", "num_cpus": max(int(wanted + 1), os.cpu_count() or 1), "include_dashboard": False}
+
+
+def roles(recipe: Recipe) -> list[tuple[Placement, int]]:
+    """Returns each role's placement and how many processes it has."""
+    return [
+        (recipe.learner, recipe.learner.world_size),
+        (recipe.rollout_worker, recipe.rollouts),
+        *((reward, reward.replicas) for reward in recipe.rewards),
+    ]
+
+
+def check_capacity(recipe: Recipe) -> None:
+    """Raises RecipeError if the cluster could never place every role; a wait would have no end."""
+    totals = ray.cluster_resources()
+    wanted: dict[str, float] = {}
+    for placement, count in roles(recipe):
+        parts = {"CPU": placement.num_cpus, "GPU": placement.num_gpus, **placement.resources}
+        for name, amount in parts.items():
+            wanted[name] = wanted.get(name, 0.0) + amount * count
+    short = {name: amount for name, amount in wanted.items() if amount > totals.get(name, 0.0)}
+    if short:
+        have = {name: totals.get(name, 0.0) for name in short}
+        raise RecipeError(
+            f"the roles of this recipe ask for {short} but the cluster has {have}",
+            expected="enough of every resource",
+            do="lower rollouts, learner.world_size or num_gpus, or start more nodes",
+        )
+
+
+def device_of(placement: Placement) -> str:
+    """Ray shows a process only its own GPUs, so the first visible one is its."""
+    return "cuda" if placement.num_gpus > 0 else "cpu"
+
+
+def start_store(recipe: Recipe) -> Any:
+    """Starts the weight store. One version more than may be asked for, since the next comes before it is due."""
+    remote = ray.remote(WeightStore)
+    return remote.options(num_cpus=0, max_restarts=ROLE_RESTARTS, max_task_retries=-1).remote(recipe.lag + 2)
+
+
+def start_rewards(recipe: Recipe) -> list[RewardPool]:
+    """Starts every reward's pool."""
+    remote = ray.remote(RewardProcess)
+    return [
+        RewardPool(
+            reward,
+            tuple(
+                remote.options(**_options(reward), max_restarts=ROLE_RESTARTS).remote(reward)
+                for _ in range(reward.replicas)
+            ),
+        )
+        for reward in recipe.rewards
+    ]
+
+
+def start_rollout(
+    name: str, recipe: Recipe, endpoint: Endpoint, store: Any, pools: Sequence[RewardPool]
+) -> Any:
+    """Starts one rollout actor."""
+    options = _options(recipe.rollout_worker)
+    remote = ray.remote(RolloutProcess).options(**options, max_concurrency=2)
+    return remote.remote(name, recipe, endpoint, store, pools)
+
+
+def start_learners(recipe: Recipe) -> tuple[list[Any], PlacementGroup]:
+    """Starts the gang's processes in a placement group, packed onto as few nodes as will hold them."""
+    learner = recipe.learner
+    bundle = {"CPU": learner.num_cpus, **learner.resources}
+    if learner.num_gpus:
+        bundle["GPU"] = learner.num_gpus
+    group = placement_group([bundle] * learner.world_size, strategy="PACK")
+    remote = ray.remote(LearnerProcess)
+    ranks = [
+        remote.options(
+            **_options(learner),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+        ).remote()
+        for rank in range(learner.world_size)
+    ]
+    return ranks, group
+
+
+def stop_actors(actors: Sequence[Any], group: PlacementGroup | None) -> None:
+    """Kills actors and frees their places."""
+    for actor in actors:
+        ray.kill(actor)
+    if group is not None:
+        remove_placement_group(group)
+
+
+def _options(placement: Placement) -> dict[str, Any]:
+    return {
+        "num_cpus": placement.num_cpus,
+        "num_gpus": placement.num_gpus,
+        "resources": placement.resources,
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(placement.threads)}},
+    }

@@ -1,0 +1,122 @@
+"""The live display: one line a role, reward with its trend, and how long it will still take."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from cluster.driver import Show, Status
+from protocol.recipe import Recipe
+
+BARS = "▁▂▃▄▅▆▇█"
+TREND_LENGTH = 40
+
+
+@contextmanager
+def display(recipe: Recipe, run_dir: Path) -> Iterator[Show]:
+    """Yields what the driver calls with its status: a live table on a terminal, plain lines elsewhere."""
+    console = Console()
+    history = History(run_dir / "metrics.jsonl")
+    if not console.is_terminal:
+        yield PlainLines(recipe, history).show
+        return
+    with Live(console=console, refresh_per_second=4) as live:
+        yield lambda status: live.update(panel(recipe, history.read(), status))
+
+
+class History:
+    """The rounds that metrics.jsonl holds by now."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """Returns all complete rows; the file of a run is small beside its checkpoints."""
+        if not self._path.exists():
+            return []
+        lines = self._path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class PlainLines:
+    """A line when the phase changes and a line a round, for logs."""
+
+    def __init__(self, recipe: Recipe, history: History) -> None:
+        self._recipe, self._history = recipe, history
+        self._phase, self._num_shown = "", len(history.read())
+
+    def show(self, status: Status) -> None:
+        """Prints what is new."""
+        if status.phase != self._phase:
+            self._phase = status.phase
+            print(status.phase, flush=True)
+        rows = self._history.read()
+        # A restarted learner goes back to its checkpoint; its rounds are told again.
+        self._num_shown = min(self._num_shown, len(rows))
+        for position in range(self._num_shown, len(rows)):
+            print(round_line(self._recipe, rows[: position + 1], status), flush=True)
+        self._num_shown = len(rows)
+
+
+def round_line(recipe: Recipe, rows: list[dict[str, Any]], status: Status) -> str:
+    """Returns a round in one line."""
+    row = rows[-1]
+    return (
+        f"round {row['round'] + 1}/{recipe.rounds}  reward {row['reward/mean']:.3f}  loss {row['loss']:.3g}  "
+        f"clip {row['clip_fraction']:.2f}  learner {row['time/learner_s']:.1f} s  wait {row['time/wait_s']:.1f} s  "
+        f"{busy(status)}  ETA {duration(eta_s(recipe, rows))}"
+    )
+
+
+def panel(recipe: Recipe, rows: list[dict[str, Any]], status: Status) -> Group:
+    """Returns the live display."""
+    table = Table.grid(padding=(0, 2))
+    attempt = f", attempt {status.attempt + 1}, {status.restarts} restarts" if status.attempt else ""
+    table.add_row("phase", status.phase + attempt)
+    table.add_row("round", f"{len(rows)} of {recipe.rounds}")
+    if rows:
+        rewards = [row["reward/mean"] for row in rows]
+        table.add_row("reward", f"{rewards[-1]:.3f}  {trend(rewards)}  (first {rewards[0]:.3f})")
+        table.add_row("clip fraction", f"{rows[-1]['clip_fraction']:.2f}")
+        table.add_row("ETA", duration(eta_s(recipe, rows)))
+    table.add_row("busy", busy(status))
+    table.add_row("tickets", status.queue)
+    return Group(table, ProgressBar(total=recipe.rounds, completed=len(rows), width=60))
+
+
+def trend(values: list[float]) -> str:
+    """Returns the last values as a row of bars."""
+    shown = values[-TREND_LENGTH:]
+    low, high = min(shown), max(shown)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((value - low) * scale)] for value in shown)
+
+
+def busy(status: Status) -> str:
+    """Returns each role's share of time spent working, averaged over its processes."""
+    shares: dict[str, list[float]] = {}
+    for role, said in status.progress.items():
+        share = said["busy_s"] / said["alive_s"] if said["alive_s"] else 0.0
+        shares.setdefault(role.split("/")[0], []).append(share)
+    return "  ".join(f"{role} {100 * sum(s) / len(s):.0f} %" for role, s in sorted(shares.items()))
+
+
+def eta_s(recipe: Recipe, rows: list[dict[str, Any]]) -> float:
+    """Returns the time left if rounds go on as the last few did."""
+    recent = rows[-5:]
+    mean_s = sum(row["time/learner_s"] + row["time/wait_s"] for row in recent) / len(recent)
+    return mean_s * (recipe.rounds - len(rows))
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as people read it."""
+    return time.strftime("%H:%M:%S" if seconds >= 3600 else "%M:%S", time.gmtime(seconds))

@@ -1,0 +1,161 @@
+"""The run directory: who may write into it, and which run and attempt it holds.
+
+    recipe.yaml  run.json  prompts.txt      what the run is
+    metrics.jsonl  ledger.jsonl             a line a round
+    checkpoints/  samples/  export/         state, pictures, and weights for other tools
+    .lock                                   held while a driver lives
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from protocol.errors import RunDirError
+from protocol.paths import find_file
+from protocol.recipe import Recipe
+from protocol.recipe_file import dump_recipe, parse_recipe
+from protocol.stream import redacted_url
+
+RAY_SESSION = re.compile(r"/ray/session_[^/]+(/|$)")
+
+
+class RunDir:
+    """A run directory that this process alone writes to, until `release`."""
+
+    def __init__(self, path: Path, recipe: Recipe, *, resume: bool) -> None:
+        """Makes a new run's directory, or takes up an old one's. Raises RunDirError and changes nothing then."""
+        self.path = path.expanduser().absolute()
+        _refuse_ray_session(self.path)
+        if resume:
+            _refuse_other_recipe(self.path, recipe)
+        else:
+            _refuse_taken(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path)
+        before = _read_run(self.path) if resume else None
+        self.run_id: str = before["run_id"] if before else uuid.uuid4().hex[:12]
+        self.attempt: int = before["attempt"] if before else -1
+        self.next_attempt()
+        if before is None:
+            (self.path / "prompts.txt").write_bytes(find_file(recipe.prompts.train).read_bytes())
+        _write(self.path / "recipe.yaml", dump_recipe(_without_password(recipe)))
+
+    @property
+    def prompts_file(self) -> Path:
+        """The training prompts as they were when the run was made: a changed file must not change the run."""
+        return self.path / "prompts.txt"
+
+    def next_attempt(self) -> int:
+        """Counts a new attempt, whose Redis keys are its own. Returns its number."""
+        self.attempt += 1
+        run = {"run_id": self.run_id, "attempt": self.attempt, "started": time.time()}
+        _write(self.path / "run.json", json.dumps(run, indent=1))
+        return self.attempt
+
+    def release(self) -> None:
+        """Lets other drivers use the directory."""
+        os.close(self._lock)
+
+
+def read_recipe(run_dir: Path) -> Recipe:
+    """Returns the resolved recipe of a run."""
+    file = run_dir / "recipe.yaml"
+    if not (run_dir / "run.json").is_file() or not file.is_file():
+        raise RunDirError(
+            "this is not a run directory", value=str(run_dir), expected="a folder that `sfumato train` has made"
+        )
+    return parse_recipe(yaml.safe_load(file.read_text()), source=str(file))
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    run: dict[str, Any] = json.loads((path / "run.json").read_text())
+    return run
+
+
+def _refuse_ray_session(path: Path) -> None:
+    if RAY_SESSION.search(str(path.resolve())):
+        raise RunDirError(
+            "the run directory is inside Ray's session folder, which does not outlive the session",
+            value=str(path),
+            expected="an absolute path on storage that stays, and that all nodes see",
+            do="give one with --run-dir",
+        )
+
+
+def _refuse_taken(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise RunDirError("the run directory is a file", value=str(path), do="give another --run-dir")
+    if (path / "run.json").exists():
+        raise RunDirError(
+            "the run directory already holds a run",
+            value=str(path),
+            do="go on with it by --resume, or give another --run-dir",
+        )
+    if path.is_dir() and any(entry.name != ".lock" for entry in path.iterdir()):
+        raise RunDirError(
+            "the run directory is not empty and holds no run of ours",
+            value=str(path),
+            expected="a new or empty folder",
+            do="give another --run-dir",
+        )
+
+
+def _refuse_other_recipe(path: Path, recipe: Recipe) -> None:
+    if not (path / "run.json").exists():
+        raise RunDirError(
+            "there is no run to resume", value=str(path), do="leave --resume away to start one, or correct --run-dir"
+        )
+    differing = sorted(_differences(read_recipe(path).identity(), recipe.identity()))
+    if differing:
+        raise RunDirError(
+            f"the run in {path} was made with another recipe, which differs in {', '.join(differing)}",
+            expected="the same recipe: a run is a function of it (rounds, rollouts, redis, placement may change)",
+            do="resume with the run's own recipe.yaml, or start a new run in another --run-dir",
+        )
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            found
+            for name in sorted({*old, *new})
+            for found in _differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+        ]
+    return [] if old == new else [key]
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise RunDirError(
+            "the run directory is in use by another driver",
+            value=str(path),
+            do="wait for it, stop it, or give another --run-dir",
+        ) from None
+    return descriptor
+
+
+def _without_password(recipe: Recipe) -> Recipe:
+    """A run directory is shared and kept; a password does not belong there."""
+    if recipe.redis.url is None:
+        return recipe
+    redis = recipe.redis.model_copy(update={"url": redacted_url(recipe.redis.url)})
+    return recipe.model_copy(update={"redis": redis})
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

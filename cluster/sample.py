@@ -1,0 +1,70 @@
+"""`sfumato sample`: images of one prompt, by a run's newest weights or by any model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from actors.evaluator import draw_images
+from cluster.run_dir import read_recipe
+from diffusion.chain import Chain
+from diffusion.policy import Policy
+from diffusion.weights import unpack
+from learner.checkpoint import latest_checkpoint
+from protocol.errors import ModelError, RecipeError, RunDirError
+from protocol.paths import model_source
+from protocol.recipe import Lora, Sampler
+
+
+def sample_to_file(
+    source: str,
+    prompt: str,
+    out: Path,
+    *,
+    num_images: int,
+    seed: int,
+    num_steps: int | None,
+    guidance_scale: float | None,
+) -> None:
+    """Writes a PNG of `num_images` images beside each other, at their own size."""
+    if num_images < 1:
+        raise RecipeError("--num-images is too small", value=num_images, expected="1 or more")
+    if not out.absolute().parent.is_dir():
+        raise RecipeError("the folder of --out does not exist", value=str(out), do="make it, or correct --out")
+    policy, sampler = _load_run(Path(source)) if (Path(source) / "run.json").is_file() else _load_model(source)
+    changes = {"num_steps": num_steps, "guidance_scale": guidance_scale}
+    settings = sampler.model_dump() | {name: value for name, value in changes.items() if value is not None}
+    images = draw_images(Chain(policy, Sampler.model_validate(settings)), prompt, num_images, seed)
+    height, width = images.shape[1:3]
+    picture = Image.new("RGB", (num_images * width, height))
+    for number, image in enumerate(images):
+        picture.paste(Image.fromarray(image), (number * width, 0))
+    picture.save(out, format="PNG")
+
+
+def _load_run(run_dir: Path) -> tuple[Policy, Sampler]:
+    recipe = read_recipe(run_dir)
+    found = latest_checkpoint(run_dir)
+    if found is None:
+        raise RunDirError(f"the run {run_dir} has no checkpoint yet", do="wait for it, or resume the run")
+    policy = Policy.from_recipe(recipe, _device())
+    policy.load_trainable_state(unpack(found.version_bytes(found.meta.round)))
+    return policy, recipe.sampler
+
+
+def _load_model(source: str) -> tuple[Policy, Sampler]:
+    try:
+        path = model_source(source)
+    except ModelError as error:
+        raise ModelError(
+            "this is neither a run directory nor a model",
+            value=source,
+            expected="a folder made by `sfumato train`, a model folder in diffusers layout, or a hub id",
+        ) from error
+    return Policy(path, trainable=Lora(), seed=0, device=_device()), Sampler(num_steps=50)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,236 @@
+"""The policy: a text-to-image model from diffusers, the parts of it that are trained, and its reference.
+
+The only home of `diffusers` and `peft`. Nothing here draws noise or knows of tickets.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from diffusion.kernels import PredictionType, guide
+from diffusion.schedules import StepConstants, make_schedule
+from diffusion.weights import State, weights_digest
+from protocol.errors import ModelError
+from protocol.paths import model_source
+from protocol.recipe import Full, Lora, Recipe, Sampler
+from protocol.seeds import Purpose, derive_seed
+
+# Every process of a run loads the model; their progress bars would bury the run's own.
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
+
+Denoiser = Callable[..., Any]
+"""A U-Net, or an engine that wraps it: called as denoiser(states, timesteps, encoder_hidden_states=...)."""
+
+
+class Policy:
+    """A latent diffusion model of the Stable Diffusion 1.x/2.x layout, frozen but for its trainable part.
+
+    All networks are in eval mode (dropout off) in one compute dtype, so that policy, reference and rollouts
+    compute alike (algorithms.md 0.7 rule 3).
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        trainable: Lora | Full,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        with_decoder: bool = True,
+    ) -> None:
+        """Loads a folder or hub id. `seed` fixes the adapters' initial weights. Raises ModelError."""
+        self.source, self.dtype, self.device = source, dtype, torch.device(device)
+        self.trainable = trainable
+        self.tokenizer = _load(CLIPTokenizer, source, "tokenizer")
+        self.text_encoder = self._frozen(_load(CLIPTextModel, source, "text_encoder", dtype=dtype))
+        self.unet: UNet2DConditionModel = self._frozen(
+            _load(UNet2DConditionModel, source, "unet", torch_dtype=dtype)
+        )
+        self.vae: AutoencoderKL | None = None
+        if with_decoder:
+            self.vae = self._frozen(_load(AutoencoderKL, source, "vae", torch_dtype=dtype))
+        self.base_digest = weights_digest(self.unet.state_dict())
+        self._scheduler = _load(DDIMScheduler, source, "scheduler")
+        self._embeddings: dict[str, Tensor] = {}
+        self._frozen_unet: UNet2DConditionModel | None = None
+        self._make_trainable(seed)
+
+    @classmethod
+    def from_recipe(
+        cls, recipe: Recipe, device: torch.device | str = "cpu", *, with_decoder: bool = True
+    ) -> Policy:
+        """Loads a recipe's base model with its trainable part, as learner, rollouts and evaluation all do."""
+        return cls(
+            model_source(recipe.model.path),
+            trainable=recipe.model.trainable,
+            seed=recipe.seed,
+            dtype=torch.bfloat16 if recipe.learner.precision == "bf16" else torch.float32,
+            device=device,
+            with_decoder=with_decoder,
+        )
+
+    @property
+    def latent_shape_CHW(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        config = self.unet.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    @property
+    def prediction_type(self) -> PredictionType:
+        """What the network's output stands for."""
+        kind: PredictionType = self._scheduler.config.prediction_type
+        return kind
+
+    def schedule(self, sampler: Sampler) -> StepConstants:
+        """Returns the constants of a sampler's T steps on this model's noise schedule."""
+        self._scheduler.set_timesteps(sampler.num_steps)
+        return make_schedule(
+            self._scheduler.alphas_cumprod,
+            self._scheduler.timesteps.cpu(),
+            kernel=sampler.kernel,
+            eta=sampler.eta,
+            last_step=sampler.last_step,
+        ).to(self.device)
+
+    @torch.no_grad()
+    def embed(self, prompt: str) -> Tensor:
+        """Returns a prompt's text embedding, (L, E), from a cache. Each prompt is encoded by itself."""
+        if prompt not in self._embeddings:
+            tokens = self.tokenizer(
+                prompt,
+                padding="max_length",
+                max_length=self.tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            self._embeddings[prompt] = self.text_encoder(tokens.input_ids.to(self.device))[0][0]
+        return self._embeddings[prompt]
+
+    def embed_all(self, prompts: Sequence[str]) -> Tensor:
+        """Returns embeddings of N prompts, (N, L, E)."""
+        return torch.stack([self.embed(prompt) for prompt in prompts])
+
+    def predict(
+        self,
+        denoiser: Denoiser,
+        state_NCHW: Tensor,
+        timestep_N: Tensor,
+        embedding_NLE: Tensor,
+        guidance_scale: float,
+    ) -> Tensor:
+        """Returns the guided network output, (N, C, H, W) fp32. Guidance 1 evaluates one branch only."""
+        state_NCHW = state_NCHW.to(self.dtype)
+        if guidance_scale == 1.0:
+            output = denoiser(state_NCHW, timestep_N, encoder_hidden_states=embedding_NLE).sample
+            return output.float()
+        empty_NLE = self.embed("").expand_as(embedding_NLE)
+        output = denoiser(
+            torch.cat([state_NCHW, state_NCHW]),
+            torch.cat([timestep_N, timestep_N]),
+            encoder_hidden_states=torch.cat([empty_NLE, embedding_NLE]),
+        ).sample
+        return guide(*output.float().chunk(2), guidance_scale)
+
+    @torch.no_grad()
+    def decode(self, latent_NCHW: Tensor) -> np.ndarray:
+        """Returns images, uint8 (N, H, W, 3)."""
+        assert self.vae is not None, "this policy was loaded without its decoder"
+        latent = latent_NCHW.to(self.device, self.dtype) / self.vae.config.scaling_factor
+        pixels = (self.vae.decode(latent).sample.float() / 2 + 0.5).clamp(0, 1)
+        images: np.ndarray = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return images
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Returns the trained parameters by name; the tensors are the live ones."""
+        return {name: p.data for name, p in self.unet.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_trainable_state(self, state: State) -> None:
+        """Copies weights into the trained parameters. Raises ModelError unless names and shapes agree."""
+        own = self.trainable_state()
+        wrong = sorted(set(own) ^ set(state)) or [n for n in own if own[n].shape != state[n].shape]
+        if wrong:
+            raise ModelError(
+                f"weights do not fit this model, first at {wrong[0]}",
+                expected=f"{len(own)} tensors as model.trainable makes them",
+                do="use the recipe that the weights were trained with",
+            )
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+    @contextmanager
+    def reference(self, denoiser: Denoiser) -> Iterator[Denoiser]:
+        """Yields the pretrained network: `denoiser` with adapters off, or the frozen copy."""
+        if self._frozen_unet is not None:
+            yield self._frozen_unet
+            return
+        self.unet.disable_adapters()
+        try:
+            yield denoiser
+        finally:
+            self.unet.enable_adapters()
+
+    def keep_reference(self) -> None:
+        """Full fine-tuning: keeps a frozen copy of the weights as they are now. LoRA needs none."""
+        if isinstance(self.trainable, Full):
+            self._frozen_unet = copy.deepcopy(self.unet).requires_grad_(False)
+
+    def export(self, folder: Path) -> None:
+        """Writes what a plain diffusers pipeline loads: `pytorch_lora_weights.safetensors` for
+        `load_lora_weights`, or a `unet/` folder for `UNet2DConditionModel.from_pretrained`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.trainable, Full):
+            self.unet.save_pretrained(folder / "unet")
+            return
+        layers = {name: t.detach().cpu().float() for name, t in get_peft_model_state_dict(self.unet).items()}
+        StableDiffusionPipeline.save_lora_weights(str(folder), unet_lora_layers=layers)
+
+    def _frozen(self, network: Any) -> Any:
+        return network.to(self.device).eval().requires_grad_(False)
+
+    def _make_trainable(self, seed: int) -> None:
+        if isinstance(self.trainable, Full):
+            self.unet.requires_grad_(True)
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, Purpose.ADAPTER_INIT))
+            self.unet.add_adapter(_lora_config(self.trainable))
+        for parameter in self.unet.parameters():
+            parameter.data = parameter.data.to(self.device, self.dtype)
+        self.unet.eval()
+
+
+def _lora_config(lora: Lora) -> LoraConfig:
+    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
+
+
+def _load(kind: Any, source: str, part: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(source, subfolder=part, **options)
+    except Exception as error:  # diffusers and transformers raise many types for an unusable folder
+        raise ModelError(
+            f"the {part} of the base model cannot be loaded: {_first_line(error)}",
+            value=source,
+            expected="a Stable Diffusion 1.x or 2.x model in diffusers layout",
+            do="check model.path; a hub id needs the network or a filled cache",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

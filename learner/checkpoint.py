@@ -1,0 +1,104 @@
+"""Checkpoints: the durable state of a run, complete or not there at all.
+
+    checkpoints/round-000010/     written as .tmp-round-000010, then renamed
+        meta.json                 rounds done, steps, digests, what the state fits
+        state/                    DeepSpeed's files: for *resume* only
+        versions/000010.safetensors   published bytes of the last lag + 1 versions: for resume and *inference*
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from protocol.errors import RunDirError
+
+PREFIX = "round-"
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a checkpoint is of: `Meta(round=10, step=40, skipped_updates=0, world_size=2, zero_stage=1,
+    precision="fp32", digests={"9": "ab...", "10": "cd..."})`: 10 rounds done, version 10 is next."""
+
+    round: int
+    step: int
+    skipped_updates: int
+    world_size: int
+    zero_stage: int
+    precision: str
+    digests: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    meta: Meta
+
+    def version_bytes(self, version: int) -> bytes:
+        """Returns the packed weights of one of its versions."""
+        return (self.folder / "versions" / f"{version:06d}.safetensors").read_bytes()
+
+
+def checkpoints_in(run_dir: Path) -> list[Checkpoint]:
+    """Returns the complete checkpoints of a run, oldest first."""
+    return [
+        Checkpoint(folder, Meta(**json.loads((folder / "meta.json").read_text())))
+        for folder in sorted((run_dir / "checkpoints").glob(f"{PREFIX}*"))
+    ]
+
+
+def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """Returns the newest complete checkpoint, or None."""
+    found = checkpoints_in(run_dir)
+    return found[-1] if found else None
+
+
+def begin(run_dir: Path, round_: int) -> Path:
+    """Returns an empty folder to write a checkpoint into; nobody takes it for a checkpoint yet."""
+    folder = run_dir / "checkpoints" / f".tmp-{PREFIX}{round_:06d}"
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "versions").mkdir(parents=True)
+    return folder
+
+
+def commit(folder: Path, meta: Meta, versions: dict[int, bytes], keep_last: int) -> Checkpoint:
+    """Completes a checkpoint in one rename, then deletes all but the newest `keep_last`."""
+    for version, data in versions.items():
+        (folder / "versions" / f"{version:06d}.safetensors").write_bytes(data)
+    (folder / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
+    for path in [*folder.rglob("*"), folder]:
+        _flush(path)
+    final = folder.parent / f"{PREFIX}{meta.round:06d}"
+    shutil.rmtree(final, ignore_errors=True)
+    folder.rename(final)
+    _flush(final.parent)
+    for old in sorted(final.parent.glob(f"{PREFIX}*"))[:-keep_last]:
+        shutil.rmtree(old)
+    return Checkpoint(final, meta)
+
+
+def check_fits(meta: Meta, *, world_size: int, zero_stage: int, precision: str) -> None:
+    """Raises RunDirError unless DeepSpeed can read the state with this layout."""
+    made_with = (meta.world_size, meta.zero_stage, meta.precision)
+    if made_with == (world_size, zero_stage, precision):
+        return
+    raise RunDirError(
+        "the checkpoint was made with another learner.world_size, zero_stage or precision",
+        value=(world_size, zero_stage, precision),
+        expected=str(made_with),
+        do="resume with the values that the run was started with",
+    )
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

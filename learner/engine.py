@@ -1,0 +1,182 @@
+"""The DeepSpeed engine: gradients over ranks and one optimizer step. The only home of `deepspeed`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from protocol.errors import TrainingError
+from protocol.recipe import Learner
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+class Engine:
+    """One rank of the gang: wraps a module whose trainable parameters have requires_grad set.
+
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are in the environment. `denoiser` is what forward
+    passes must go through, so that ZeRO-3 can gather parameters.
+    """
+
+    def __init__(self, module: nn.Module, settings: Learner, device: torch.device) -> None:
+        # Chosen before the import: DeepSpeed picks its accelerator once, when it is first imported.
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+        os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+        import deepspeed
+
+        _silence_deepspeed()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+        self._settings, self._device = settings, device
+        self._module = module
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=[p for p in module.parameters() if p.requires_grad],
+            config=deepspeed_config(settings, device),
+        )
+        self._engine.eval()
+
+    @property
+    def rank(self) -> int:
+        """This process's place in the gang."""
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """R, the number of ranks."""
+        return dist.get_world_size()
+
+    @property
+    def denoiser(self) -> Callable[..., Any]:
+        """The wrapped module, to be called like the module itself."""
+        engine: Callable[..., Any] = self._engine
+        return engine
+
+    def apply(self, losses: Sequence[Callable[[], Tensor]]) -> float:
+        """Adds up the gradients of the losses, over all ranks, and takes one optimizer step.
+
+        Each loss is made and differentiated in turn, so memory holds one graph at a time. Every rank must bring
+        the same number of losses. The gradient is of the *sum* over ranks. Returns its norm before clipping.
+        """
+        assert losses, "a rank without losses would leave the others waiting in a collective"
+        with self._one_reduction():
+            for number, loss in enumerate(losses, start=1):
+                self._mark_boundary(number == len(losses))
+                # DeepSpeed averages over ranks; the sum is meant.
+                self._engine.backward(loss() * self.world_size, scale_wrt_gas=False)
+        norm = self._stage0_grad_norm() if self._settings.zero_stage == 0 else None
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Returns the elementwise sum over ranks."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Tensor) -> Tensor:
+        """Returns the elementwise maximum over ranks."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def broadcast(self, value: Any) -> Any:
+        """Returns rank 0's value on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self._device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns every rank's value, in the order of ranks."""
+        box = [None] * self.world_size
+        dist.all_gather_object(box, value)
+        return list(box)
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        dist.barrier()
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """Within it every rank sees whole parameters: a no-op below ZeRO-3."""
+        if self._settings.zero_stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        parameters = [p for p in self._module.parameters() if p.requires_grad]
+        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+        return context
+
+    def save(self, folder: Path) -> None:
+        """Writes DeepSpeed's own files: parameters, optimizer partitions, counters. Every rank calls it."""
+        self._engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote, with the same world size and stage. Raises TrainingError."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
+        if path is None:
+            raise TrainingError(f"the training state in {folder} cannot be read", do="resume an older checkpoint")
+        self._engine.eval()
+
+    def close(self) -> None:
+        """Leaves the process group, without which the process ends with warnings and leaked sockets."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _reduce(self, values: Tensor, operation: Any) -> Tensor:
+        result = values.detach().to(self._device).clone()
+        dist.all_reduce(result, op=operation)
+        return result.to(values.device)
+
+    def _one_reduction(self) -> AbstractContextManager[Any]:
+        if self._settings.zero_stage == 0:
+            return nullcontext()
+        context: AbstractContextManager[Any] = self._engine.coalesce_grad_reduction()
+        return context
+
+    def _mark_boundary(self, last: bool) -> None:
+        """Stage 0 reduces in the backward pass that is marked as the last; the others when the block ends."""
+        if self._settings.zero_stage == 0:
+            self._engine.set_gradient_accumulation_boundary(last)
+
+    def _stage0_grad_norm(self) -> float:
+        """DeepSpeed reports no norm in stage 0. Gradients are already reduced there."""
+        gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def deepspeed_config(settings: Learner, device: torch.device) -> dict[str, Any]:
+    """Returns DeepSpeed's configuration of a recipe's learner section."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.max_grad_norm,
+        "steps_per_print": 10**12,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": settings.learning_rate,
+                "betas": list(settings.adam_betas),
+                "eps": settings.adam_eps,
+                "weight_decay": settings.weight_decay,
+                # torch's own AdamW on every device: the fused and CPU variants round differently.
+                "torch_adam": True,
+            },
+        },
+        "zero_optimization": {"stage": settings.zero_stage, "overlap_comm": False},
+    }
+    if settings.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _silence_deepspeed() -> None:
+    """torch deprecates calls that DeepSpeed makes at each collective; a user can do nothing about them."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|deepspeed)\..*")

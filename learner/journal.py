@@ -1,0 +1,117 @@
+"""The run's written record: `metrics.jsonl` and `ledger.jsonl`, a line a round, each round once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from learner.collect import Counts
+from learner.receipts import Receipt
+from learner.update import UpdateReport
+
+
+class Journal:
+    """Appends to the two files; a resumed run first cuts them back to the rounds that it keeps."""
+
+    def __init__(self, run_dir: Path, first_round: int) -> None:
+        self._metrics, self._ledger = run_dir / "metrics.jsonl", run_dir / "ledger.jsonl"
+        for path in (self._metrics, self._ledger):
+            _cut_back(path, first_round)
+
+    def write(self, metrics: dict[str, Any], ledger: dict[str, Any]) -> None:
+        """Appends one round to each file, and does not return before they are on disk."""
+        for path, row in ((self._ledger, ledger), (self._metrics, metrics)):
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def ledger_row(round_: int, receipts: Sequence[Receipt], published_digest: str) -> dict[str, Any]:
+    """Returns which groups a round consumed, what sampled them, and the digest that came of it."""
+    versions = {(receipt.version, receipt.weights_digest) for receipt in receipts}
+    assert len(versions) == 1, "a round is sampled with one version"
+    ((version, digest),) = versions
+    return {
+        "round": round_,
+        "version": version,
+        "digest": digest,
+        "published_version": round_ + 1,
+        "published_digest": published_digest,
+        "tickets": [receipt.ticket_id for receipt in receipts],
+        "checksums": [receipt.checksum for receipt in receipts],
+        "workers": dict(Counter(receipt.worker for receipt in receipts)),
+        "fingerprints": sorted({receipt.fingerprint for receipt in receipts}),
+    }
+
+
+def metrics_row(
+    *,
+    round_: int,
+    step: int,
+    on_policy: bool,
+    receipts: Sequence[Receipt],
+    report: UpdateReport,
+    counts: Counts,
+    skipped_updates: int,
+    times: dict[str, float],
+    costs: dict[str, float],
+) -> dict[str, Any]:
+    """Returns a round's line for people and plots. `loss`, `grad_norm` and `clip_fraction` are means over the
+    round's optimizer steps, which `updates` lists one by one."""
+    clip_fraction = [update["prdp/saturated_fraction"] for update in report.details]
+    return {
+        "round": round_,
+        "step": step,
+        "version": round_ + 1,
+        **_reward_metrics(receipts),
+        "loss": float(np.mean(report.loss)),
+        # Only samples of the current weights estimate their KL without bias.
+        "kl": report.kl if on_policy else None,
+        "kl_off_policy": None if on_policy else report.kl,
+        "grad_norm": float(np.mean(report.grad_norm)),
+        "clip_fraction": float(np.mean(clip_fraction)),
+        **{name: float(np.mean([u[name] for u in report.details])) for name in report.details[0]},
+        "updates": {"loss": report.loss, "grad_norm": report.grad_norm, "clip_fraction": clip_fraction},
+        "parity/max_abs": report.parity_max_abs,
+        "parity/recomputed": report.recomputed,
+        "skipped_updates": skipped_updates,
+        **{f"groups/{name}": value for name, value in vars(counts).items()},
+        **{f"time/{name}": value for name, value in times.items()},
+        **{f"cost/{name}": value for name, value in costs.items()},
+    }
+
+
+def _reward_metrics(receipts: Sequence[Receipt]) -> dict[str, float]:
+    total_PG = np.array([receipt.rewards["mean"] for receipt in receipts])
+    metrics = {
+        f"reward/{name}": float(np.mean([receipt.rewards[name] for receipt in receipts]))
+        for name in sorted(receipts[0].rewards)
+    }
+    metrics["reward/std_within_group"] = float(total_PG.std(axis=1).mean())
+    metrics["reward/std_between_groups"] = float(total_PG.mean(axis=1).std())
+    return metrics
+
+
+def _cut_back(path: Path, first_round: int) -> None:
+    """Keeps the lines of earlier rounds. A line that a crash cut short is dropped with what follows it."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["round"] >= first_round:
+            break
+        kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)

@@ -1,0 +1,277 @@
+"""The learner's loop: take a round's groups, learn from them, publish the next version."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from diffusion.chain import Chain
+from diffusion.policy import Policy
+from diffusion.weights import unpack, weights_digest
+from learner import checkpoint
+from learner.batching import stack_groups
+from learner.checkpoint import Meta
+from learner.collect import Collected, Collector, Counts
+from learner.engine import Engine
+from learner.journal import Journal, ledger_row, metrics_row
+from learner.receipts import Receipt
+from learner.update import Updater, UpdateReport
+from learner.versions import Versions, VersionStore, copy_state
+from protocol.errors import RedisError, TrainingError
+from protocol.recipe import Recipe
+from protocol.stream import GroupReader, Streams
+from protocol.tickets import TicketPlan
+
+REPUBLISH_EVERY_S = 5.0
+REPORT_EVERY_S = 1.0
+
+
+class LearnerRank:
+    """One rank of the learner. Rank 0 also issues tickets, publishes versions and writes the run directory."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: TicketPlan,
+        run_dir: Path,
+        streams: Streams,
+        store: VersionStore,
+        device: torch.device,
+    ) -> None:
+        torch.set_num_threads(recipe.learner.threads)
+        self._recipe, self._plan, self._run_dir = recipe, plan, run_dir
+        self._streams, self._store, self._device = streams, store, device
+        self._policy = Policy.from_recipe(recipe, device, with_decoder=False)
+        self._policy.keep_reference()
+        self._engine = Engine(self._policy.unet, recipe.learner, device)
+        self._chain = Chain(self._policy, recipe.sampler)
+        self._updater = Updater(recipe, self._chain, self._engine)
+        self._versions = Versions(recipe.lag)
+        self._round, self._step, self._skipped = 0, 0, 0
+        self._checked_store_at = self._reported_at = 0.0
+        self._waiting_s, self._started_at = 0.0, time.monotonic()
+        self._collector = self._make_collector()
+
+    def train(self) -> None:
+        """Runs the rounds that are left, from the newest checkpoint if there is one."""
+        self._begin()
+        while self._round < self._recipe.rounds:
+            collected, wait_s = self._collect()
+            report, learner_s = self._learn(collected)
+            self._keep_version(self._round + 1)
+            self._write_journal(collected, report, learner_s, wait_s)
+            self._round += 1
+            self._checkpoint_if_due()
+            self._publish(self._round)
+            self._issue(self._round + self._recipe.lag)
+        self._finish()
+
+    def _begin(self) -> None:
+        self._restore(checkpoint.latest_checkpoint(self._run_dir))
+        if self._is_first_rank:
+            self._journal = Journal(self._run_dir, first_round=self._round)
+            self._streams.open()
+        for version in sorted(self._versions.states):
+            self._publish(version)
+        for round_ in range(self._round, self._round + self._recipe.lag + 1):
+            self._issue(round_)
+
+    def _restore(self, found: checkpoint.Checkpoint | None) -> None:
+        if found is None:
+            self._keep_version(0)
+            return
+        meta, learner = found.meta, self._recipe.learner
+        checkpoint.check_fits(
+            meta, world_size=learner.world_size, zero_stage=learner.zero_stage, precision=learner.precision
+        )
+        self._engine.load(found.folder / "state")
+        self._round, self._step, self._skipped = meta.round, meta.step, meta.skipped_updates
+        for version in sorted(map(int, meta.digests)):
+            self._versions.keep(version, unpack(found.version_bytes(version)))
+        self._check_restored(meta)
+
+    def _check_restored(self, meta: Meta) -> None:
+        """Training must go on from the very weights that were published."""
+        with self._engine.gathered():
+            digests = {**self._versions.digests, meta.round: weights_digest(self._policy.trainable_state())}
+        for version, digest in meta.digests.items():
+            if digests[int(version)] != digest:
+                raise TrainingError(
+                    f"checkpoint round {meta.round} is damaged: its version {version} has other weights",
+                    value=digests[int(version)],
+                    expected=digest,
+                    do="delete this checkpoint and resume from the one before it",
+                )
+
+    def _collect(self) -> tuple[Collected, float]:
+        started = time.monotonic()
+        collected = self._collector.collect(self._round)
+        self._collector.trim()
+        wait_s = time.monotonic() - started
+        self._waiting_s += wait_s
+        return collected, wait_s
+
+    def _learn(self, collected: Collected) -> tuple[UpdateReport, float]:
+        started = time.monotonic()
+        self._report_progress("learning")
+        batch = stack_groups(collected.groups, self._device)
+        version = self._plan.version_of(self._round)
+        behaviour = None if version == self._round else lambda: self._holding(version)
+        report = self._updater.learn(batch, self._round, behaviour)
+        self._step += len(report.loss) - report.skipped
+        self._skipped += report.skipped
+        return report, time.monotonic() - started
+
+    @contextmanager
+    def _holding(self, version: int) -> Iterator[None]:
+        """Puts an earlier version's weights into the module for a while, and then the very same bits back."""
+        with self._engine.gathered():
+            current = copy_state(self._policy.trainable_state())
+            self._policy.load_trainable_state(self._versions.states[version])
+        try:
+            yield
+        finally:
+            with self._engine.gathered():
+                self._policy.load_trainable_state(current)
+
+    def _keep_version(self, version: int) -> None:
+        with self._engine.gathered():
+            self._versions.keep(version, self._policy.trainable_state())
+
+    def _publish(self, version: int) -> None:
+        if self._is_first_rank:
+            self._versions.publish(version, self._store)
+            with suppress(RedisError):  # Announced for people to see; workers go by their tickets.
+                self._streams.announce_version(version, self._versions.digests[version])
+
+    def _issue(self, round_: int) -> None:
+        """Issues a round's tickets; every rank notes those that it is to collect."""
+        if round_ >= self._recipe.rounds:
+            return
+        tickets = self._plan.round(round_, self._versions.digests[self._plan.version_of(round_)])
+        rank, world_size = self._engine.rank, self._engine.world_size
+        self._collector.expect(round_, [t for t in tickets if t.index % world_size == rank])
+        if self._is_first_rank:
+            with suppress(RedisError):  # The collector issues again what never went out.
+                self._streams.issue(tickets)
+
+    def _checkpoint_if_due(self) -> None:
+        """Before the version is published: whoever resumes must be able to answer the tickets that follow."""
+        last = self._round == self._recipe.rounds
+        if not last and self._round % self._recipe.checkpoints.every_rounds:
+            return
+        folder = checkpoint.begin(self._run_dir, self._round) if self._is_first_rank else None
+        folder = self._engine.broadcast(folder)
+        self._engine.save(folder / "state")
+        self._engine.barrier()
+        if self._is_first_rank:
+            keep_last = self._recipe.checkpoints.keep_last
+            checkpoint.commit(folder, self._meta(), self._versions.packed(), keep_last)
+        self._engine.barrier()
+
+    def _meta(self) -> Meta:
+        learner = self._recipe.learner
+        digests = {str(version): digest for version, digest in self._versions.digests.items()}
+        return Meta(
+            self._round,
+            self._step,
+            self._skipped,
+            learner.world_size,
+            learner.zero_stage,
+            learner.precision,
+            digests,
+        )
+
+    def _write_journal(
+        self, collected: Collected, report: UpdateReport, learner_s: float, wait_s: float
+    ) -> None:
+        parts = self._engine.gather((collected.receipts, vars(self._collector.counts)))
+        self._collector.counts = Counts()
+        if not self._is_first_rank:
+            return
+        receipts = sorted((r for receipts, _ in parts for r in receipts), key=lambda r: r.ticket_id)
+        counts = Counts(**{name: sum(part[name] for _, part in parts) for name in vars(Counts())})
+        digest = self._versions.digests[self._round + 1]
+        metrics = metrics_row(
+            round_=self._round,
+            step=self._step,
+            on_policy=self._plan.version_of(self._round) == self._round,
+            receipts=receipts,
+            report=report,
+            counts=counts,
+            skipped_updates=self._skipped,
+            times=self._times(receipts, learner_s, wait_s),
+            costs=self._costs(receipts),
+        )
+        self._journal.write(metrics, ledger_row(self._round, receipts, digest))
+
+    def _times(self, receipts: list[Receipt], learner_s: float, wait_s: float) -> dict[str, float]:
+        """rollout_s and reward_s add up over the round's groups, whoever made them."""
+        return {
+            "rollout_s": sum(receipt.rollout_s for receipt in receipts),
+            "reward_s": sum(receipt.reward_s for receipt in receipts),
+            "learner_s": learner_s,
+            "wait_s": wait_s,
+            "elapsed_s": time.monotonic() - self._started_at,
+        }
+
+    def _costs(self, receipts: list[Receipt]) -> dict[str, float]:
+        """What this process has evaluated since it started, in the units of algorithms.md 7.1; all ranks alike."""
+        images = sum(len(receipt.rewards["mean"]) for receipt in receipts)
+        world_size = self._engine.world_size
+        return {
+            "unet_forward": self._updater.num_forward * world_size,
+            "unet_backward": self._updater.num_backward * world_size,
+            "vae_decode": images,
+            "reward_queries": images * len(self._recipe.rewards),
+        }
+
+    def _finish(self) -> None:
+        with self._engine.gathered():
+            if self._is_first_rank:
+                self._policy.export(self._run_dir / "export")
+        self._report_progress("done")
+        self._engine.close()
+
+    def _make_collector(self) -> Collector:
+        rank, world_size = self._engine.rank, self._engine.world_size
+        shards = [shard for shard in range(self._recipe.num_shards) if shard % world_size == rank]
+        return Collector(
+            self._streams,
+            GroupReader(self._streams, shards),
+            sampler=self._chain.description,
+            reissue_after_s=self._recipe.redis.reissue_after_s,
+            give_up_after_s=self._recipe.supervision.stall_timeout_s,
+            while_waiting=self._while_waiting,
+        )
+
+    @property
+    def _is_first_rank(self) -> bool:
+        return self._engine.rank == 0
+
+    def _while_waiting(self) -> None:
+        """Publishes again what the weight store or Redis has lost, and tells the driver that it is alive."""
+        self._report_progress("waiting")
+        if not self._is_first_rank or time.monotonic() - self._checked_store_at < REPUBLISH_EVERY_S:
+            return
+        self._checked_store_at = time.monotonic()
+        self._versions.publish_lost(self._store)
+
+    def _report_progress(self, state: str) -> None:
+        now = time.monotonic()
+        if state == "waiting" and now - self._reported_at < REPORT_EVERY_S:
+            return
+        self._reported_at = now
+        alive_s = now - self._started_at
+        with suppress(RedisError):  # A server that is away is waited for where its data is needed.
+            self._streams.report_progress(
+                f"learner/{self._engine.rank}",
+                round=self._round,
+                state=state,
+                busy_s=alive_s - self._waiting_s,
+                alive_s=alive_s,
+            )

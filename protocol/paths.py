@@ -1,0 +1,69 @@
+"""Where files are: what a recipe names, looked up from the working directory, then from our own root."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from protocol.errors import ModelError
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The folder that holds our packages, recipes and assets."""
+
+EMBEDDED_MODEL = ROOT / "assets" / "digits-base"
+
+
+def find_file(path: str) -> Path:
+    """Returns the absolute path of an existing file named relative to the working directory or to ROOT."""
+    for candidate in (Path(path).expanduser(), ROOT / path):
+        if candidate.is_file():
+            return candidate.resolve()
+    raise ModelError(
+        f"the file {path} does not exist",
+        expected=f"a file relative to {Path.cwd()} or to {ROOT}, or an absolute path",
+        do="correct the path in the recipe or on the command line",
+    )
+
+
+def model_source(path: str) -> str:
+    """Returns what `from_pretrained` is to be given: a folder's absolute path, or a hub id as it stands."""
+    if path == "embedded":
+        return str(EMBEDDED_MODEL)
+    for candidate in (Path(path).expanduser(), ROOT / path):
+        if (candidate / "model_index.json").is_file():
+            return str(candidate.resolve())
+    if _looks_like_hub_id(path) and not Path(path).exists():
+        return path
+    raise ModelError(
+        "model.path is not a model",
+        value=path,
+        expected="`embedded`, a hub id such as CompVis/stable-diffusion-v1-4, or a folder in diffusers layout "
+        "(with model_index.json)",
+        do="correct model.path; a single-file checkpoint can be converted with diffusers",
+    )
+
+
+def _looks_like_hub_id(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
+
+
+def read_prompts(path: str) -> list[str]:
+    """Returns the prompts of a file: one a line; empty lines and lines starting with # are skipped."""
+    file = find_file(path)
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ModelError(
+            f"the prompt file {file} is not text: {error.reason} at byte {error.start}",
+            expected="UTF-8 text, one prompt a line",
+            do="save the file as UTF-8",
+        ) from error
+    except OSError as error:
+        raise ModelError(
+            f"the prompt file {file} cannot be read: {error.strerror}", do="check its permissions"
+        ) from error
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ModelError(
+            f"the prompt file {file} has no prompts", expected="one prompt a line", do="add prompts to it"
+        )
+    return prompts

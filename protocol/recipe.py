@@ -1,0 +1,359 @@
+"""The recipe: all that decides a run, typed, frozen, and checked before anything starts.
+
+A field's description is the string under it. Units are in the names. Defaults are the vetted values; what a
+paper publishes stands in `recipes/`. Derived numbers are properties here or in `protocol/derived.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+RESERVED_LABELS = ("mean", "std_within_group", "std_between_groups")
+"""Names that stand beside the rewards' own in metrics."""
+
+
+class Section(BaseModel):
+    """Base of all parts of a recipe: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Lora(Section):
+    """Low-rank adapters on the U-Net; the reference is the same module with them switched off."""
+
+    form: Literal["lora"] = "lora"
+    """Training form."""
+    rank: PositiveInt = 8
+    """Rank of each adapter."""
+    alpha: PositiveFloat = 8.0
+    """Adapter scale; the update is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    """Endings of the names of the modules that get an adapter."""
+
+
+class Full(Section):
+    """All weights of the U-Net; the reference is a frozen copy in the same dtype."""
+
+    form: Literal["full"]
+    """Training form."""
+
+
+class Model(Section):
+    """The base model and what of it is trained."""
+
+    path: str = "embedded"
+    """A folder in diffusers layout, a hub id, or `embedded` for the digits model in assets/."""
+    trainable: Annotated[Lora | Full, Field(discriminator="form")] = Lora()
+    """LoRA adapters or the full U-Net."""
+
+
+class Prompts(Section):
+    """Prompt files: one prompt a line, UTF-8; empty lines and lines starting with # are skipped."""
+
+    train: str
+    """Prompts that tickets are made from."""
+    held_out: str | None = None
+    """Prompts never trained on, for evaluation and sample grids."""
+
+
+class Batch(Section):
+    """The size of a round."""
+
+    num_groups: PositiveInt
+    """P: prompts, and so groups, in a round."""
+    group_size: PositiveInt
+    """G: siblings sampled for each prompt."""
+
+    @property
+    def num_trajectories(self) -> int:
+        """Trajectories in a round, P x G."""
+        return self.num_groups * self.group_size
+
+
+class Sampler(Section):
+    """How trajectories are drawn, and so how they are scored (algorithms.md 0.6)."""
+
+    kernel: Literal["ddim", "ddpm"] = "ddim"
+    """Transition kernel: DDIM with eta, or DDPM ancestral with the posterior variance."""
+    num_steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    """T: denoising steps."""
+    eta: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """DDIM's noise level; 0 is deterministic and has no density. DDPM ancestral is eta 1."""
+    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Classifier-free guidance; 1 is off and costs one U-Net branch instead of two."""
+    last_step: Literal["unscored", "clamp"] = "unscored"
+    """`unscored`: the last step lands on the clean latent, without noise or density. `clamp`: it stops at
+    timestep 0 with noise and is scored, as ddpo-pytorch does."""
+    share_initial_noise: bool = False
+    """All siblings of a group start from one x_T."""
+    wire_dtype: Literal["float16", "float32"] = "float32"
+    """Each drawn latent is rounded to this dtype before it is scored, fed on and sent."""
+
+    @model_validator(mode="after")
+    def _ddpm_is_eta_one(self) -> Self:
+        if self.kernel == "ddpm" and self.eta != 1.0:
+            raise ValueError("kernel ddpm is eta 1; remove eta or use kernel ddim")
+        return self
+
+    @property
+    def num_scored_steps(self) -> int:
+        """T_sc: steps with a density."""
+        if self.eta == 0:
+            return 0
+        return self.num_steps - (self.last_step == "unscored")
+
+    @property
+    def num_branches(self) -> int:
+        """U-Net branches a step evaluates: 2 with guidance."""
+        return 1 if self.guidance_scale == 1.0 else 2
+
+
+class Placement(Section):
+    """What one process of a role asks of the cluster."""
+
+    num_cpus: NonNegativeFloat = 1.0
+    """Ray CPUs each process reserves."""
+    num_gpus: NonNegativeFloat = 0.0
+    """Ray GPUs each process reserves; above 0 its tensors live on the GPU."""
+    resources: dict[str, float] = {}
+    """Custom Ray resources, such as {rollout: 1} on nodes of that type."""
+    threads: PositiveInt = 1
+    """CPU threads each process computes with. Part of the numerics: 2 threads change last bits."""
+
+
+class Reward(Placement):
+    """One reward: what scores an image, its weight in the sum, and its pool of actors."""
+
+    name: str
+    """A built-in reward's name, `./file.py:Name`, or a dotted path `package.module:Name`."""
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Factor in the weighted sum that is trained on; 0 only reports it."""
+    kwargs: dict[str, Any] = {}
+    """Keyword arguments of the reward's class or function."""
+    replicas: PositiveInt = 1
+    """Actors in the pool."""
+    timeout_s: PositiveFloat = 300.0
+    """Longest time one group's scores may take."""
+    max_attempts: PositiveInt = 3
+    """How often one group's scoring is tried before the run stops."""
+
+    @property
+    def label(self) -> str:
+        """The reward's name in metrics and group fields: a path's last part, in letters and digits."""
+        tail = self.name.rsplit(":", 1)[-1].rsplit(".", 1)[-1]
+        return "".join(letter if letter.isalnum() else "_" for letter in tail)
+
+
+class Prdp(Section):
+    """PRDP: proximal reward difference prediction (Deng et al., arXiv 2402.08714)."""
+
+    name: Literal["prdp"]
+    """The algorithm's module in learner/algorithms/."""
+    kl_weight: PositiveFloat
+    """w: the regression target is the reward difference divided by it, in the reductions below."""
+    clip_eps: NonNegativeFloat | None
+    """Half-width of the proximal window on one step's log-ratio, after the latent reduction; null: none."""
+    num_updates: PositiveInt = 1
+    """K: passes of inner updates over a round."""
+    inner_minibatches: PositiveInt = 1
+    """Optimizer steps a pass is split into."""
+    latent_reduce: Literal["latent_mean", "latent_sum"] = "latent_mean"
+    """Reduction of log-probabilities over latent entries."""
+    time_reduce: Literal["time_mean", "time_sum"] = "time_mean"
+    """Reduction of log-ratios over scored steps."""
+    tie_policy: Literal["keep", "drop"] = "keep"
+    """Pairs of equal reward: a target of 0 (Algorithm 1), or left out (the paper's listing)."""
+    loss_scale: Literal["quarter_beta", "none"] = "quarter_beta"
+    """`quarter_beta` multiplies the loss by kl_weight / 4: its on-policy gradient is minus that of the
+    regularised reward for every kl_weight. `none` is the paper's."""
+    clip_center: Literal["round_start", "behaviour"] = "round_start"
+    """Centre of the window: the weights at the round's start, or those that sampled (equal at lag 0)."""
+
+    @property
+    def num_steps_per_round(self) -> int:
+        """Optimizer steps in a round."""
+        return self.num_updates * self.inner_minibatches
+
+
+class Learner(Placement):
+    """The DeepSpeed gang that applies updates. Placement is that of one rank."""
+
+    world_size: PositiveInt = 1
+    """R: ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: what is sharded over ranks (1 optimizer, 2 gradients, 3 parameters)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute dtype of policy, reference and rollouts; master weights are fp32 always."""
+    micro_batch_size: PositiveInt = 64
+    """(trajectory, step) items in one forward and backward pass; bounds activation memory."""
+    learning_rate: PositiveFloat = 1e-4
+    """AdamW's learning rate, constant."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """AdamW's decoupled weight decay."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    adam_eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this global norm."""
+    num_parity_probes: PositiveInt = 2
+    """Micro-batches each rank recomputes each round to compare with the rollout's log-probabilities."""
+    parity_tolerance: PositiveFloat | None = None
+    """Largest latent_mean difference of a recomputed log-probability; above it the run stops.
+    Default: a tenth of clip_eps in latent_mean units, or 1e-5 without a window."""
+
+
+class Redis(Section):
+    """The trajectory buffer. It is disposable: whatever is lost in it is made again."""
+
+    url: str | None = None
+    """redis:// or rediss:// URL of a server to attach to; null starts an embedded one on loopback."""
+    maxmemory_bytes: PositiveInt | None = None
+    """Memory limit of the embedded server; null: four times what the recipe can have in flight."""
+    num_shards: PositiveInt | None = None
+    """Group streams; a multiple of learner.world_size. null: one a rank."""
+    claim_idle_s: PositiveFloat = 60.0
+    """A ticket whose worker shows no progress for this long is given to another."""
+    reissue_after_s: PositiveFloat = 10.0
+    """A rank that sees no group arrive for this long, while no ticket is waiting or claimed, issues its
+    missing tickets again."""
+    timeout_s: PositiveFloat = 10.0
+    """How long connecting, and each retry of a broken connection, may take."""
+
+
+class Checkpoints(Section):
+    """Durable state, under checkpoints/ in the run directory."""
+
+    every_rounds: PositiveInt = 5
+    """A checkpoint each so many rounds, and after the last."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints kept."""
+
+
+class Evaluation(Section):
+    """How `sfumato evaluate` and the sample grids draw images. Seeds are fixed, shared by all models."""
+
+    images_per_prompt: PositiveInt = 4
+    """Images drawn for each prompt."""
+    max_prompts: PositiveInt | None = None
+    """At most so many prompts of the file, spread evenly; null: all."""
+    seed: int = 12345
+    """Seed of the evaluation's noise."""
+    rewards: tuple[Reward, ...] = ()
+    """Rewards reported beside the trained ones, never trained on."""
+    grid_prompts: PositiveInt = 6
+    """Prompts in a sample grid."""
+    grid_images: PositiveInt = 6
+    """Images of each prompt in a sample grid."""
+
+
+class Supervision(Section):
+    """How the driver watches the roles."""
+
+    start_timeout_s: PositiveFloat = 300.0
+    """How long the processes of a run may take to start."""
+    stall_timeout_s: PositiveFloat = 900.0
+    """A learner without progress for this long is treated as dead."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """Restarts of one role before the run stops with its last error."""
+
+
+class Recipe(Section):
+    """Everything a run is a function of, besides the code."""
+
+    seed: int = 0
+    """Seed of every random number of the run."""
+    rounds: PositiveInt
+    """Rounds to train: sample P groups, learn, publish."""
+    lag: Annotated[int, Field(ge=0, le=16)] = 0
+    """Round u is sampled with version max(0, u - lag): 0 alternates, 1 or more overlaps."""
+    rollouts: PositiveInt = 1
+    """Rollout actors. Changes how fast a run goes, never where it ends."""
+    model: Model = Model()
+    """The base model."""
+    prompts: Prompts
+    """Prompt files."""
+    batch: Batch
+    """The size of a round."""
+    sampler: Sampler = Sampler()
+    """How trajectories are drawn."""
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
+    """What is maximised: the weighted sum of these."""
+    algorithm: Prdp
+    """The update."""
+    learner: Learner = Learner()
+    """The learner."""
+    rollout_worker: Placement = Placement()
+    """What each rollout actor reserves."""
+    redis: Redis = Redis()
+    """The trajectory buffer."""
+    checkpoints: Checkpoints = Checkpoints()
+    """Durable state."""
+    evaluation: Evaluation = Evaluation()
+    """Evaluation and sample grids."""
+    supervision: Supervision = Supervision()
+    """Time-outs and restarts."""
+
+    @model_validator(mode="after")
+    def _reward_labels_are_distinct(self) -> Self:
+        labels = [reward.label for reward in (*self.rewards, *self.evaluation.rewards)]
+        for label in labels:
+            if label in RESERVED_LABELS:
+                raise ValueError(f"rewards: {label} is a name that metrics use themselves; rename the reward")
+            if labels.count(label) > 1:
+                raise ValueError(
+                    f"rewards: two rewards are called {label}; metrics could not tell them apart"
+                )
+        if all(reward.weight == 0 for reward in self.rewards):
+            raise ValueError("rewards: every weight is 0, so nothing is trained on")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_divide_evenly(self) -> Self:
+        parts = self.learner.world_size * self.algorithm.inner_minibatches
+        if self.batch.num_groups % parts:
+            raise ValueError(
+                f"batch.num_groups: {self.batch.num_groups} groups do not divide evenly into learner.world_size "
+                f"x algorithm.inner_minibatches = {self.learner.world_size} x "
+                f"{self.algorithm.inner_minibatches} parts; use a multiple of {parts}"
+            )
+        if self.num_shards % self.learner.world_size:
+            raise ValueError(
+                f"redis.num_shards: {self.num_shards} is not a multiple of learner.world_size "
+                f"{self.learner.world_size}, so a rank could not tell which shards are its own"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prdp_can_learn(self) -> Self:
+        if self.batch.group_size < 2:
+            raise ValueError(
+                f"batch.group_size: {self.batch.group_size}; prdp compares siblings and needs at least 2"
+            )
+        if self.sampler.num_scored_steps < 1:
+            raise ValueError(
+                f"sampler: eta {self.sampler.eta} with {self.sampler.num_steps} steps leaves no step with a "
+                "density; prdp needs a stochastic sampler: eta above 0 and at least 2 steps"
+            )
+        return self
+
+    @property
+    def num_shards(self) -> int:
+        """Group streams."""
+        return self.redis.num_shards or self.learner.world_size
+
+    def identity(self) -> dict[str, Any]:
+        """The part of the recipe that weights depend on: what a resumed run may not change."""
+        free = {"rounds", "rollouts", "redis", "checkpoints", "evaluation", "supervision"}
+        whole = self.model_dump(mode="json", exclude=free)
+        for reward in whole["rewards"]:
+            for key in ("replicas", "timeout_s", "max_attempts", "num_cpus", "resources"):
+                del reward[key]
+        return whole

@@ -1,0 +1,103 @@
+"""What all tests share: a real Redis server, streams of a run of their own, tickets and groups."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from cluster.redis_server import RedisServer
+from protocol.groups import Group
+from protocol.stream import Streams, connect
+from protocol.tickets import Ticket, TicketPlan
+
+# A shared machine may stall any single example; the tests bound the work, not the clock.
+settings.register_profile("sfumato", deadline=None)
+settings.load_profile("sfumato")
+
+PLAN = TicketPlan(
+    run_seed=7, prompts=("a red seven", "a blue one", "a green four"), num_groups=8, group_size=4, lag=1
+)
+DIGEST = "9f86d081" * 8
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One server for all tests that do not empty, stop or fill it."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture
+def own_redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A server for one test, which may do anything to it."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def open_streams() -> Iterator[Callable[..., Streams]]:
+    """Opens the streams of a run, as a process does: `open_streams(server, run_id="a", attempt=2)`."""
+    clients = []
+
+    def open_(server: RedisServer, *, run_id: str = "", attempt: int = 1, num_shards: int = 2) -> Streams:
+        clients.append(connect(server.url, timeout_s=5.0))
+        run_id = run_id or f"test-{secrets.token_hex(6)}"
+        streams = Streams(clients[-1], run_id=run_id, attempt=attempt, num_shards=num_shards)
+        streams.open()
+        return streams
+
+    yield open_
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture
+def streams(redis_server: RedisServer, open_streams: Callable[..., Streams]) -> Iterator[Streams]:
+    """The streams of a fresh run."""
+    opened = open_streams(redis_server)
+    yield opened
+    opened.delete_attempt()
+
+
+@pytest.fixture(scope="session")
+def make_ticket() -> Callable[..., Ticket]:
+    """Makes ticket `index` of a round: `make_ticket(index=3, round_=1)`."""
+
+    def make(index: int = 0, round_: int = 0) -> Ticket:
+        return PLAN.ticket(round_, index, DIGEST)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_group() -> Callable[..., Group]:
+    """Makes a group that answers ticket `index` of a round."""
+
+    def make(index: int = 0, round_: int = 0) -> Group:
+        rng = np.random.default_rng(1000 * round_ + index)
+        ticket = PLAN.ticket(round_, index, DIGEST)
+        return Group(
+            ticket_id=ticket.ticket_id,
+            round=ticket.round,
+            index=ticket.index,
+            prompt=ticket.prompt,
+            version=ticket.version,
+            weights_digest=ticket.weights_digest,
+            sampler='{"eta":1.0}',
+            fingerprint='{"device":"cpu"}',
+            worker="rollout-0@host",
+            rollout_s=0.41,
+            reward_s=1e-17,
+            arrays={
+                "latents_GSCHW": rng.standard_normal((4, 6, 4, 8, 8)).astype(np.float32),
+                "log_prob_GT": rng.standard_normal((4, 5)),
+                "scored_T": np.array([True, True, False, True, True]),
+                "reward_G": rng.standard_normal(4).astype(np.float32),
+            },
+        )
+
+    return make

@@ -1,0 +1,89 @@
+"""Small random models in diffusers layout, for tests: real files, real loading code, no training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.models.clip.tokenization_clip import CLIPTokenizer as _Tokenizer
+
+assert CLIPTokenizer is _Tokenizer
+
+WIDTH = 16
+LENGTH = 12
+
+
+def make_tiny_model(folder: Path, *, prediction_type: str = "epsilon") -> Path:
+    """Writes a Stable Diffusion pipeline of some 100 k parameters: 16x16 images, 4x8x8 latents."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = StableDiffusionPipeline(
+            vae=AutoencoderKL(
+                block_out_channels=(8, 8),
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                latent_channels=4,
+                layers_per_block=1,
+                norm_num_groups=4,
+                sample_size=16,
+            ),
+            text_encoder=_text_encoder(),
+            tokenizer=_tokenizer(folder / "words"),
+            unet=UNet2DConditionModel(
+                sample_size=8,
+                block_out_channels=(8, 16),
+                layers_per_block=1,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                cross_attention_dim=WIDTH,
+                attention_head_dim=2,
+                norm_num_groups=4,
+            ),
+            scheduler=DDIMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                clip_sample=False,
+                set_alpha_to_one=False,
+                steps_offset=1,
+                prediction_type=prediction_type,
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _text_encoder() -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=514,
+            hidden_size=WIDTH,
+            intermediate_size=WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=LENGTH,
+            bos_token_id=512,
+            eos_token_id=513,
+            pad_token_id=513,
+        )
+    )
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    """CLIP's byte-level vocabulary without merges: every byte is a token, inside a word or at its end."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    folder.mkdir(parents=True)
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=LENGTH
+    )
