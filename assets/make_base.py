@@ -7,8 +7,7 @@ diffusers or transformers class, saved in the layout of Stable Diffusion.
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -25,9 +24,10 @@ BASE = ASSETS / "digits-base"
 WIDTH = 64
 MAX_TOKENS = 16
 NUM_SCENES = 40_000
-AUTOENCODER_STEPS, UNET_STEPS = 1200, 6000
+AUTOENCODER_STEPS, UNET_STEPS = 1000, 5000
 BATCH_SIZE = 64
 PROMPT_DROPOUT = 0.1
+SAVE_EVERY = 500
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
@@ -153,15 +153,15 @@ def train_unet(
     tokenizer: CLIPTokenizer,
     latents_NCHW: Tensor,
     said_N3: Tensor,
-    num_steps: int,
+    after_step: Callable[[int], None],
 ) -> None:
     """Trains noise prediction (Ho et al., arXiv 2006.11239) with prompt dropout for guidance, in place."""
     noise, scheduler = Generator().manual_seed(SEED + 3), make_scheduler()
     tokens = _tokens(tokenizer, [write_prompt(Said(*said)) for said in said_N3.tolist()])
     empty = _tokens(tokenizer, [""])
     optimizer = torch.optim.AdamW([*unet.parameters(), *text_model.parameters()], weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, num_steps)
-    for step in range(num_steps):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, UNET_STEPS)
+    for step in range(UNET_STEPS):
         pick_N = torch.randint(len(said_N3), (BATCH_SIZE,), generator=noise)
         dropped_N = torch.rand(BATCH_SIZE, generator=noise) < PROMPT_DROPOUT
         prompt_NL = torch.where(dropped_N[:, None], empty, tokens[pick_N])
@@ -173,6 +173,7 @@ def train_unet(
         loss = functional.mse_loss(predicted, target_NCHW)
         _descend(loss, optimizer, schedule)
         _say("unet", step, loss)
+        after_step(step)
 
 
 def make_scheduler() -> DDIMScheduler:
@@ -210,33 +211,39 @@ def _say(what: str, step: int, loss: Tensor) -> None:
         print(f"{what} step {step} loss {loss.item():.4f}", flush=True)
 
 
-def save(
-    unet: UNet2DConditionModel, text_model: CLIPTextModel, tokenizer: CLIPTokenizer, autoencoder: AutoencoderKL, to: Path
-) -> None:
+def save(pipeline: StableDiffusionPipeline) -> None:
     """Writes the pipeline in diffusers layout."""
-    StableDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=text_model.eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(to)
+    for part in (pipeline.unet, pipeline.text_encoder):
+        part.eval()
+    pipeline.save_pretrained(BASE)
 
 
-def main(num_steps: int = UNET_STEPS, to: Path = BASE) -> None:
-    """Makes everything, in order."""
+def main() -> None:
+    """Makes everything, in order; what is on disk can be used from the first save on."""
     torch.set_num_threads(1)
     write_prompts()
     tokenizer = make_tokenizer()
     autoencoder = train_autoencoder()
     latents_NCHW, said_N3 = cache_latents(autoencoder)
     unet, text_model = make_networks(tokenizer)
-    train_unet(unet, text_model, tokenizer, latents_NCHW, said_N3, num_steps)
-    save(unet, text_model, tokenizer, autoencoder, to)
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=text_model,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+    def save_sometimes(step: int) -> None:
+        if step % SAVE_EVERY == 0:
+            save(pipeline)
+
+    train_unet(unet, text_model, tokenizer, latents_NCHW, said_N3, save_sometimes)
+    save(pipeline)
 
 
 if __name__ == "__main__":
-    main(*(int(argument) for argument in sys.argv[1:]))
+    main()

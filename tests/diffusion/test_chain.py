@@ -1,0 +1,199 @@
+"""Sampling and replaying whole trajectories: K-T11 (replay is exact), K-T12 (no draw depends on company)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from diffusion.chain import Chain, Trajectories
+from diffusion.noise import initial_noise
+from diffusion.policy import Policy
+from learner.batching import items_where
+from learner.parity import TOLERANCE_WITHOUT_WINDOW
+from protocol.recipe import Lora, Sampler
+
+PROMPT = "a red seven"
+SEEDS = (11, 12, 13)
+
+
+def make_chain(source: str, *, trained: bool = True, **sampler: Any) -> Chain:
+    """A chain of four steps over the tiny model, its adapters moved away from the base."""
+    policy = Policy(source, trainable=Lora(rank=2, alpha=2.0), seed=0)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in policy.trainable_state().values():
+        parameter.add_(0.1 * trained * torch.randn(parameter.shape, generator=generator))
+    return Chain(policy, Sampler(**{"num_steps": 4, **sampler}))
+
+
+@torch.no_grad()
+def replay(chain: Chain, drawn: Trajectories, micro_batch_size: int) -> Tensor:
+    """Scores a group as the learner does: micro-batches of (sibling, step) items, (G, T) fp64."""
+    latents_GSCHW = drawn.latents_GSCHW.float()
+    result_GT = torch.zeros_like(drawn.log_prob_GT)
+    scored_1GT = drawn.scored_T.expand_as(result_GT)[None]
+    for item_N3 in items_where(scored_1GT).split(micro_batch_size):
+        _, sibling_N, step_N = item_N3.unbind(1)
+        result_GT[sibling_N, step_N] = chain.step(
+            chain.policy.unet,
+            latents_GSCHW[sibling_N, step_N],
+            step_N,
+            chain.policy.embed_all([PROMPT])[torch.zeros_like(sibling_N)],
+            next_state_NCHW=latents_GSCHW[sibling_N, step_N + 1],
+        ).log_prob_N
+    return result_GT
+
+
+def equal(first: Trajectories, second: Trajectories) -> bool:
+    """True if two groups agree bit for bit."""
+    return torch.equal(first.latents_GSCHW, second.latents_GSCHW) and torch.equal(
+        first.log_prob_GT, second.log_prob_GT
+    )
+
+
+@pytest.mark.parametrize("kernel", ["ddim", "ddpm"])
+@pytest.mark.parametrize("wire_dtype", ["float32", "float16"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("last_step", ["unscored", "clamp"])
+def test_replaying_a_group_in_the_samplers_batches_gives_the_same_bits(
+    tiny_model: str, kernel: str, wire_dtype: str, guidance_scale: float, last_step: str
+) -> None:
+    chain = make_chain(
+        tiny_model, kernel=kernel, wire_dtype=wire_dtype, guidance_scale=guidance_scale, last_step=last_step
+    )
+    drawn = chain.sample(PROMPT, SEEDS)
+    assert torch.equal(replay(chain, drawn, micro_batch_size=len(SEEDS)), drawn.log_prob_GT)
+
+
+@pytest.mark.parametrize("wire_dtype", ["float32", "float16"])
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 100])
+def test_replaying_a_group_in_other_batches_agrees_within_the_parity_tolerance(
+    tiny_model: str, wire_dtype: str, micro_batch_size: int
+) -> None:
+    chain = make_chain(tiny_model, wire_dtype=wire_dtype, guidance_scale=4.0)
+    drawn = chain.sample(PROMPT, SEEDS)
+    gap_GT = (replay(chain, drawn, micro_batch_size) - drawn.log_prob_GT).abs()
+    assert gap_GT.max().item() / drawn.latents_GSCHW[0, 0].numel() < TOLERANCE_WITHOUT_WINDOW
+
+
+def test_trajectories_start_at_the_seeds_noise_and_say_what_they_are(tiny_model: str) -> None:
+    for wire_dtype in (torch.float32, torch.float16):
+        chain = make_chain(tiny_model, wire_dtype=str(wire_dtype).removeprefix("torch."))
+        drawn = chain.sample(PROMPT, SEEDS)
+        start = initial_noise(SEEDS, chain.policy.latent_shape_CHW, shared=False).to(wire_dtype)
+        assert drawn.latents_GSCHW.dtype == wire_dtype
+        assert torch.equal(drawn.latents_GSCHW[:, 0], start)
+        assert drawn.log_prob_GT.dtype == torch.float64
+        assert drawn.scored_T.tolist() == [True, True, True, False]
+        assert (drawn.log_prob_GT[:, -1] == 0).all()
+        assert (drawn.log_prob_GT[:, :-1] != 0).all()
+
+
+def test_siblings_that_share_initial_noise_part_at_the_first_step(tiny_model: str) -> None:
+    drawn = make_chain(tiny_model, share_initial_noise=True).sample(PROMPT, SEEDS)
+    states = drawn.latents_GSCHW.flatten(2)
+    assert len(torch.unique(states[:, 0], dim=0)) == 1
+    assert len(torch.unique(states[:, 1], dim=0)) == len(SEEDS)
+
+
+def test_a_group_does_not_depend_on_what_was_sampled_before_or_on_global_randomness(tiny_model: str) -> None:
+    expected = make_chain(tiny_model).sample(PROMPT, SEEDS)
+    chain = make_chain(tiny_model)
+    torch.manual_seed(99)
+    for prompt, seeds in (("a blue one", (1, 2)), ("", (11,)), (PROMPT, (13, 12, 11))):
+        chain.sample(prompt, seeds)
+    assert equal(chain.sample(PROMPT, SEEDS), expected)
+
+
+def test_sampling_leaves_the_global_generator_alone(tiny_model: str) -> None:
+    chain = make_chain(tiny_model)
+    state = torch.get_rng_state()
+    chain.sample(PROMPT, SEEDS)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_permuting_the_seeds_permutes_the_siblings(tiny_model: str) -> None:
+    chain = make_chain(tiny_model)
+    forward, backward = chain.sample(PROMPT, SEEDS), chain.sample(PROMPT, SEEDS[::-1])
+    torch.testing.assert_close(backward.latents_GSCHW.flip(0), forward.latents_GSCHW, rtol=0, atol=1e-4)
+
+
+def test_the_caller_is_told_after_each_step(tiny_model: str) -> None:
+    calls: list[int] = []
+    make_chain(tiny_model).sample(PROMPT, SEEDS, after_step=lambda: calls.append(len(calls)))
+    assert calls == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_deterministic_chain_is_the_diffusers_pipeline(tiny_model: str, guidance_scale: float) -> None:
+    chain = make_chain(
+        tiny_model, trained=False, num_steps=6, eta=0.0, guidance_scale=guidance_scale, last_step="clamp"
+    )
+    drawn = chain.sample(PROMPT, SEEDS)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        [PROMPT] * len(SEEDS),
+        num_inference_steps=6,
+        guidance_scale=guidance_scale,
+        latents=drawn.latents_GSCHW[:, 0].clone(),
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(drawn.latents_GSCHW[:, -1], theirs, rtol=1e-4, atol=1e-4)
+    assert not drawn.scored_T.any()
+
+
+def test_the_velocity_model_samples_what_its_outputs_mean(tiny_velocity_model: str) -> None:
+    chain = make_chain(str(tiny_velocity_model), trained=False, num_steps=6, eta=0.0, last_step="clamp")
+    drawn = chain.sample(PROMPT, SEEDS)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_velocity_model)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        [PROMPT] * len(SEEDS),
+        num_inference_steps=6,
+        guidance_scale=1.0,
+        latents=drawn.latents_GSCHW[:, 0].clone(),
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(drawn.latents_GSCHW[:, -1], theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_chains_of_equal_settings_have_equal_descriptions(tiny_model: str) -> None:
+    assert make_chain(tiny_model).description == make_chain(tiny_model, trained=False).description
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kernel": "ddpm"},
+        {"num_steps": 5},
+        {"eta": 0.5},
+        {"guidance_scale": 2.0},
+        {"last_step": "clamp"},
+        {"share_initial_noise": True},
+        {"wire_dtype": "float16"},
+    ],
+)
+def test_the_description_changes_with_every_setting(tiny_model: str, change: dict[str, Any]) -> None:
+    assert make_chain(tiny_model, **change).description != make_chain(tiny_model).description
+
+
+def test_the_description_changes_with_the_prediction_type(tiny_model: str, tiny_velocity_model: str) -> None:
+    assert make_chain(tiny_model).description != make_chain(str(tiny_velocity_model)).description
+
+
+def test_sampling_is_the_same_on_arrays_that_crossed_the_wire(tiny_model: str) -> None:
+    """The wire carries numpy arrays of the wire's dtype; nothing of the chain is lost in them."""
+    chain = make_chain(tiny_model, wire_dtype="float16")
+    drawn = chain.sample(PROMPT, SEEDS)
+    arrived = Trajectories(
+        *(
+            torch.from_numpy(np.frombuffer(t.numpy().tobytes(), t.numpy().dtype).reshape(t.shape).copy())
+            for t in (drawn.latents_GSCHW, drawn.log_prob_GT, drawn.scored_T)
+        )
+    )
+    assert torch.equal(replay(chain, arrived, micro_batch_size=len(SEEDS)), drawn.log_prob_GT)
