@@ -67,9 +67,7 @@ class Variation:
 def load_strokes(training: bool) -> Strokes:
     """The training split (80 %, fixed seed, equal shares of each digit) or the held-out rest."""
     pixels, labels = load_digits(return_X_y=True)
-    parts = train_test_split(
-        pixels, labels, test_size=HELD_OUT_FRACTION, random_state=SPLIT_SEED, stratify=labels
-    )
+    parts = train_test_split(pixels, labels, test_size=HELD_OUT_FRACTION, random_state=SPLIT_SEED, stratify=labels)
     ink, digit = (parts[0], parts[2]) if training else (parts[1], parts[3])
     return Strokes(torch.from_numpy(ink / 16.0).float().reshape(-1, 8, 8), torch.from_numpy(digit).long())
 

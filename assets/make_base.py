@@ -7,7 +7,6 @@ diffusers or transformers class, saved in the layout of Stable Diffusion.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -24,10 +23,11 @@ BASE = ASSETS / "digits-base"
 WIDTH = 64
 MAX_TOKENS = 16
 NUM_SCENES = 40_000
-AUTOENCODER_STEPS, UNET_STEPS = 1000, 5000
+AUTOENCODER_STEPS = 1000
+WARM_STEPS, WARM_CYCLE, COOL_STEPS = 1501, 5000, 1500
+PEAK_RATE = 1e-3
 BATCH_SIZE = 64
 PROMPT_DROPOUT = 0.1
-SAVE_EVERY = 500
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
@@ -64,9 +64,7 @@ def _clip_tokenizer(alphabet: list[str], merges: list[str]) -> CLIPTokenizer:
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys(words))}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    return CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS
-    )
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS)
 
 
 def train_autoencoder() -> AutoencoderKL:
@@ -147,33 +145,39 @@ def make_networks(tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPT
     return unet, text_model
 
 
-def train_unet(
-    unet: UNet2DConditionModel,
-    text_model: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    latents_NCHW: Tensor,
-    said_N3: Tensor,
-    after_step: Callable[[int], None],
-) -> None:
-    """Trains noise prediction (Ho et al., arXiv 2006.11239) with prompt dropout for guidance, in place."""
-    noise, scheduler = Generator().manual_seed(SEED + 3), make_scheduler()
-    tokens = _tokens(tokenizer, [write_prompt(Said(*said)) for said in said_N3.tolist()])
-    empty = _tokens(tokenizer, [""])
-    optimizer = torch.optim.AdamW([*unet.parameters(), *text_model.parameters()], weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, UNET_STEPS)
-    for step in range(UNET_STEPS):
+def train_unet(pipeline: StableDiffusionPipeline, latents_NCHW: Tensor, said_N3: Tensor, *, warm: bool) -> None:
+    """Trains noise prediction (Ho et al., arXiv 2006.11239) with prompt dropout for guidance, in place.
+
+    Two phases, each with an optimizer and noise of its own: `warm` is the rise of a one-cycle schedule, up to its
+    peak; the other falls from the peak to 0.
+    """
+    unet, text_model = pipeline.unet.train().requires_grad_(True), pipeline.text_encoder.train().requires_grad_(True)
+    noise = Generator().manual_seed(SEED + (3 if warm else 4))
+    tokens = _tokens(pipeline.tokenizer, [write_prompt(Said(*said)) for said in said_N3.tolist()])
+    empty = _tokens(pipeline.tokenizer, [""])
+    optimizer = torch.optim.AdamW([*unet.parameters(), *text_model.parameters()], PEAK_RATE, weight_decay=0.01)
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    if warm:
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, WARM_CYCLE)
+    else:
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, COOL_STEPS)
+    for step in range(WARM_STEPS if warm else COOL_STEPS):
         pick_N = torch.randint(len(said_N3), (BATCH_SIZE,), generator=noise)
         dropped_N = torch.rand(BATCH_SIZE, generator=noise) < PROMPT_DROPOUT
-        prompt_NL = torch.where(dropped_N[:, None], empty, tokens[pick_N])
-        timestep_N = torch.randint(1000, (BATCH_SIZE,), generator=noise)
-        target_NCHW = torch.randn(BATCH_SIZE, 4, 8, 8, generator=noise)
-        noisy_NCHW = scheduler.add_noise(latents_NCHW[pick_N], target_NCHW, timestep_N)
-        embedding_NLE = text_model(prompt_NL)[0]
-        predicted = unet(noisy_NCHW, timestep_N, encoder_hidden_states=embedding_NLE).sample
-        loss = functional.mse_loss(predicted, target_NCHW)
+        embedding_NLE = text_model(torch.where(dropped_N[:, None], empty, tokens[pick_N]))[0]
+        loss = _noise_error(pipeline, latents_NCHW[pick_N], embedding_NLE, noise)
         _descend(loss, optimizer, schedule)
         _say("unet", step, loss)
-        after_step(step)
+
+
+def _noise_error(
+    pipeline: StableDiffusionPipeline, latents_NCHW: Tensor, embedding_NLE: Tensor, noise: Generator
+) -> Tensor:
+    timestep_N = torch.randint(1000, (len(latents_NCHW),), generator=noise)
+    target_NCHW = torch.randn(latents_NCHW.shape, generator=noise)
+    noisy_NCHW = pipeline.scheduler.add_noise(latents_NCHW, target_NCHW, timestep_N)
+    predicted = pipeline.unet(noisy_NCHW, timestep_N, encoder_hidden_states=embedding_NLE).sample
+    return functional.mse_loss(predicted, target_NCHW)
 
 
 def make_scheduler() -> DDIMScheduler:
@@ -195,9 +199,7 @@ def _tokens(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     return tokens
 
 
-def _descend(
-    loss: Tensor, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler
-) -> None:
+def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
     optimizer.zero_grad()
     loss.backward()
     for group in optimizer.param_groups:
@@ -237,12 +239,9 @@ def main() -> None:
         requires_safety_checker=False,
     )
 
-    def save_sometimes(step: int) -> None:
-        if step % SAVE_EVERY == 0:
-            save(pipeline)
-
-    train_unet(unet, text_model, tokenizer, latents_NCHW, said_N3, save_sometimes)
-    save(pipeline)
+    for warm in (True, False):
+        train_unet(pipeline, latents_NCHW, said_N3, warm=warm)
+        save(pipeline)
 
 
 if __name__ == "__main__":

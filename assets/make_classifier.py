@@ -18,6 +18,7 @@ SEED = 0
 NUM_STEPS = 2500
 BATCH_SIZE = 64
 PEAK_RATE = 3e-3
+PLAIN = Variation()
 HOW = Variation(height=(22.0, 28.0), shift=2.5, colour=0.04, turn=0.15, blur=1.0, noise=0.06)
 
 
@@ -41,16 +42,16 @@ def train() -> DigitClassifier:
 
 def classification_loss(logits: tuple[Tensor, Tensor, Tensor], said_N3: Tensor) -> Tensor:
     """Sum of the three heads' cross-entropies; smoothed, so that the reward keeps a slope where it is sure."""
-    losses = [
-        functional.cross_entropy(head, said_N3[:, k], label_smoothing=0.02) for k, head in enumerate(logits)
-    ]
+    losses = [functional.cross_entropy(head, said_N3[:, k], label_smoothing=0.02) for k, head in enumerate(logits)]
     return torch.stack(losses).sum()
 
 
 @torch.inference_mode()
-def accuracy(classifier: DigitClassifier, *, training: bool, num_images: int = 4000) -> list[float]:
-    """Shares of digits, digit colours and grounds that are right, on plainly rendered digits of one split."""
-    images, said_N3 = random_scene(num_images, training, Variation(), Generator().manual_seed(SEED + 1))
+def accuracy(
+    classifier: DigitClassifier, *, training: bool, how: Variation = PLAIN, num_images: int = 4000
+) -> list[float]:
+    """Shares of digits, digit colours and grounds that are right, on digits of one split in random colours."""
+    images, said_N3 = random_scene(num_images, training, how, Generator().manual_seed(SEED + 1))
     guesses = torch.stack([head.argmax(1) for head in classifier(images * 2 - 1)], dim=1)
     return [float(share) for share in (guesses == said_N3).double().mean(0)]
 

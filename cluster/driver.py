@@ -1,12 +1,12 @@
 """The driver: starts a run's roles, watches them, restarts what dies, and ends the run cleanly.
 
-    attempt:  Redis keys + weight store + reward actors + rollout actors + the learner gang
-        a rollout actor dies       it alone is started again
-        a reward actor or the      Ray starts it again; whoever waited asks again
-        weight store dies
-        a learner rank dies, or    everything is stopped, and the next attempt goes on from the newest checkpoint
-        stalls
-        an error of ours           the run stops with it: starting again would meet it again
+attempt:  Redis keys + weight store + reward actors + rollout actors + the learner gang
+    a rollout actor dies       it alone is started again
+    a reward actor or the      Ray starts it again; whoever waited asks again
+    weight store dies
+    a learner rank dies, or    everything is stopped, and the next attempt goes on from the newest checkpoint
+    stalls
+    an error of ours           the run stops with it: starting again would meet it again
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster import launch
-from cluster.grids import save_grid
+from cluster.grids import save_grid, side_by_side
 from cluster.launch import Endpoint
 from cluster.redis_server import RedisServer
 from cluster.run_dir import RunDir
@@ -51,7 +51,7 @@ class Status:
 Show = Callable[[Status], None]
 
 
-class LearnerLost(Exception):
+class LearnerLostError(Exception):
     """The gang died or stalled: not an error of ours, so the next attempt may do better."""
 
 
@@ -71,15 +71,15 @@ class Driver:
             url = self._redis_url(stack)
             launch.connect_ray(self._recipe, debug=self._debug)
             stack.callback(ray.shutdown)
-            launch.check_capacity(self._recipe)
+            launch.check_cluster(self._recipe)
             while True:
                 try:
                     Attempt(self._recipe, self._run_dir, self._plan, url, self._status, self._show).run()
                     return
-                except LearnerLost as error:
+                except LearnerLostError as error:
                     self._count_restart(error)
 
-    def _count_restart(self, error: LearnerLost) -> None:
+    def _count_restart(self, error: LearnerLostError) -> None:
         if self._status.restarts >= self._recipe.supervision.max_restarts:
             raise TrainingError(
                 f"the learner was lost {self._status.restarts + 1} times; the last error: {error}",
@@ -120,14 +120,10 @@ def check_redis(recipe: Recipe) -> None:
 class Attempt:
     """One start of all roles, on Redis keys of its own."""
 
-    def __init__(
-        self, recipe: Recipe, run_dir: RunDir, plan: TicketPlan, url: str, status: Status, show: Show
-    ) -> None:
+    def __init__(self, recipe: Recipe, run_dir: RunDir, plan: TicketPlan, url: str, status: Status, show: Show) -> None:
         self._recipe, self._run_dir, self._plan = recipe, run_dir, plan
         self._status, self._show = status, show
-        self._endpoint = Endpoint(
-            url, run_dir.run_id, run_dir.attempt, recipe.num_shards, recipe.redis.timeout_s
-        )
+        self._endpoint = Endpoint(url, run_dir.run_id, run_dir.attempt, recipe.num_shards, recipe.redis.timeout_s)
         self._streams: Streams = self._endpoint.open()
         self._rollouts: dict[str, Any] = {}
         self._runs: dict[Any, str] = {}
@@ -160,7 +156,7 @@ class Attempt:
         for number in range(recipe.rollouts):
             self._start_rollout(str(number))
         self._wait_until_built(self._join(ranks))
-        if self._run_dir.attempt == 0:
+        if not (self._run_dir.path / "samples" / "round-000000.png").exists():
             self._draw_grid(0)
         for name in self._rollouts:
             self._run_rollout(name)
@@ -180,9 +176,7 @@ class Attempt:
         """Also tries every reward once: one that cannot score is refused before anything is sampled."""
         shape_CHW = latent_shape(model_source(self._recipe.model.path))
         size = 8 * shape_CHW[1] if shape_CHW else 512
-        probes = [
-            actor.probe.remote(self._plan.prompts[:1], size) for pool in self._pools for actor in pool.actors
-        ]
+        probes = [actor.probe.remote(self._plan.prompts[:1], size) for pool in self._pools for actor in pool.actors]
         built = [actor.ready.remote() for actor in self._rollouts.values()]
         for ref in [*probes, *built, *joined]:
             self._first(ref)
@@ -195,15 +189,13 @@ class Attempt:
             raise start_error(error) from error
 
     def _start_rollout(self, name: str) -> None:
-        self._rollouts[name] = launch.start_rollout(
-            name, self._recipe, self._endpoint, self._store, self._pools
-        )
+        self._rollouts[name] = launch.start_rollout(name, self._recipe, self._endpoint, self._store, self._pools)
 
     def _run_rollout(self, name: str) -> None:
         self._runs[self._rollouts[name].run.remote()] = name
 
     def _watch(self, training: list[Any]) -> None:
-        """Returns when every rank is done. Raises an error of ours, or LearnerLost."""
+        """Returns when every rank is done. Raises an error of ours, or LearnerLostError."""
         waiting = list(training)
         while waiting:
             done, _ = ray.wait([*waiting, *self._runs], num_returns=1, timeout=POLL_S)
@@ -219,7 +211,7 @@ class Attempt:
         try:
             ray.get(ref)
         except RayError as error:
-            raise own_error(error) or LearnerLost(first_line(error)) from error
+            raise own_error(error) or LearnerLostError(first_line(error)) from error
 
     def _restart_rollout(self, ref: Any) -> None:
         name = self._runs.pop(ref)
@@ -250,7 +242,7 @@ class Attempt:
             self._learner_seen, self._learner_moved_at = learner, time.monotonic()
         stalled_s = time.monotonic() - self._learner_moved_at
         if stalled_s > self._recipe.supervision.stall_timeout_s:
-            raise LearnerLost(f"no progress for {stalled_s:.0f} s")
+            raise LearnerLostError(f"no progress for {stalled_s:.0f} s")
 
     def _stop_rollouts(self) -> None:
         """Lets workers finish what is in hand, so that one of them is free to draw."""
@@ -268,7 +260,11 @@ class Attempt:
         prompts = prompts[:: max(1, len(prompts) // wanted)][:wanted]
         self._tell("drawing samples")
         rows = self._first(next(iter(self._rollouts.values())).draw_grid.remote(prompts, data))
-        save_grid(rows, self._run_dir.path / "samples" / f"round-{round_:06d}.png")
+        samples = self._run_dir.path / "samples"
+        before, now = samples / "round-000000.png", samples / f"round-{round_:06d}.png"
+        save_grid(rows, now)
+        if now != before:
+            side_by_side(before, now, samples / "before_after.png")
 
     def _tell(self, phase: str) -> None:
         self._status.phase = phase

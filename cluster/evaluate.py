@@ -87,8 +87,7 @@ def make_scorer(recipe: Recipe) -> ScoreImages:
     def score(images: np.ndarray, prompt: str) -> Mapping[str, np.ndarray]:
         prompts = [prompt] * len(images)
         parts = {
-            label: check_scores(label, function(images, prompts), prompts)
-            for label, function in functions.items()
+            label: check_scores(label, function(images, prompts), prompts) for label, function in functions.items()
         }
         return {"mean": weighted_sum({label: parts[label] for label in weights}, weights), **parts}
 
@@ -97,9 +96,7 @@ def make_scorer(recipe: Recipe) -> ScoreImages:
 
 def compare(base_PN: np.ndarray, tuned_PN: np.ndarray) -> Comparison:
     """Returns the comparison of two (prompts, images) score arrays that share prompts and seeds."""
-    return Comparison(
-        estimate(base_PN), estimate(tuned_PN), estimate(tuned_PN - base_PN), win_rate(tuned_PN, base_PN)
-    )
+    return Comparison(estimate(base_PN), estimate(tuned_PN), estimate(tuned_PN - base_PN), win_rate(tuned_PN, base_PN))
 
 
 def print_table(result: Evaluation) -> None:
@@ -129,4 +126,3 @@ def _with_error(part: Estimate) -> str:
 def _device(recipe: Recipe) -> str:
     wants_gpu = recipe.rollout_worker.num_gpus > 0
     return "cuda" if wants_gpu and torch.cuda.is_available() else "cpu"
-

@@ -21,9 +21,7 @@ def grid(rows: Sequence[Row], title: str = "") -> Image.Image:
     num_columns = max(len(images) for _, images, _ in rows)
     top = CAPTION_PX + GAP_PX if title else 0
     row_px = CAPTION_PX + CELL_PX + GAP_PX
-    canvas = Image.new(
-        "RGB", (num_columns * (CELL_PX + GAP_PX) + GAP_PX, top + len(rows) * row_px + GAP_PX), "white"
-    )
+    canvas = Image.new("RGB", (num_columns * (CELL_PX + GAP_PX) + GAP_PX, top + len(rows) * row_px + GAP_PX), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
     draw.text((GAP_PX, GAP_PX // 2), title, fill="black", font=ImageFont.load_default(size=14))
     for number, (prompt, images, rewards) in enumerate(rows):

@@ -45,9 +45,7 @@ class Endpoint:
 class RolloutProcess:
     """A rollout worker in a process of its own. `run` and `stop` are called concurrently."""
 
-    def __init__(
-        self, name: str, recipe: Recipe, endpoint: Endpoint, store: Any, pools: Sequence[RewardPool]
-    ) -> None:
+    def __init__(self, name: str, recipe: Recipe, endpoint: Endpoint, store: Any, pools: Sequence[RewardPool]) -> None:
         import torch
 
         from actors.rollout import Rollout
@@ -84,9 +82,7 @@ class RolloutProcess:
             self._policy.load_trainable_state(unpack(data))
         rows = []
         for prompt in prompts:
-            images = draw_images(
-                self._chain, prompt, self._recipe.evaluation.grid_images, self._recipe.evaluation.seed
-            )
+            images = draw_images(self._chain, prompt, self._recipe.evaluation.grid_images, self._recipe.evaluation.seed)
             rows.append((prompt, images, self._scorer(images, prompt, prompt).result()["reward_G"]))
         return rows
 
@@ -184,8 +180,16 @@ def roles(recipe: Recipe) -> list[tuple[Placement, int]]:
     ]
 
 
-def check_capacity(recipe: Recipe) -> None:
-    """Raises RecipeError if the cluster could never place every role; a wait would have no end."""
+def check_cluster(recipe: Recipe) -> None:
+    """Raises RecipeError if the cluster could never hold the run; a wait would have no end."""
+    num_nodes = len([node for node in ray.nodes() if node["Alive"]])
+    if num_nodes > 1 and recipe.redis.url is None:
+        raise RecipeError(
+            "the embedded Redis listens on this machine only, but the cluster has other nodes",
+            value=f"{num_nodes} nodes",
+            expected="a Redis server that every node reaches",
+            do="set redis.url=rediss://:password@host:port/0",
+        )
     totals = ray.cluster_resources()
     wanted: dict[str, float] = {}
     for placement, count in roles(recipe):
@@ -228,9 +232,7 @@ def start_rewards(recipe: Recipe) -> list[RewardPool]:
     ]
 
 
-def start_rollout(
-    name: str, recipe: Recipe, endpoint: Endpoint, store: Any, pools: Sequence[RewardPool]
-) -> Any:
+def start_rollout(name: str, recipe: Recipe, endpoint: Endpoint, store: Any, pools: Sequence[RewardPool]) -> Any:
     """Starts one rollout actor."""
     options = _options(recipe.rollout_worker)
     remote = ray.remote(RolloutProcess).options(**options, max_concurrency=2)

@@ -1,9 +1,9 @@
 """The run directory: who may write into it, and which run and attempt it holds.
 
-    recipe.yaml  run.json  prompts.txt      what the run is
-    metrics.jsonl  ledger.jsonl             a line a round
-    checkpoints/  samples/  export/         state, pictures, and weights for other tools
-    .lock                                   held while a driver lives
+recipe.yaml  run.json  prompts.txt      what the run is
+metrics.jsonl  ledger.jsonl             a line a round
+checkpoints/  samples/  export/         state, pictures, and weights for other tools
+.lock                                   held while a driver lives
 """
 
 from __future__ import annotations

@@ -49,10 +49,7 @@ class PendingGroupScores:
 
     def result(self) -> Mapping[str, np.ndarray]:
         """Waits; a lost actor, a time-out or an error is tried again up to the reward's max_attempts."""
-        parts = {
-            pool.settings.label: self._wait(pool, ref)
-            for pool, ref in zip(self._pools, self._refs, strict=True)
-        }
+        parts = {pool.settings.label: self._wait(pool, ref) for pool, ref in zip(self._pools, self._refs, strict=True)}
         weights = {pool.settings.label: pool.settings.weight for pool in self._pools}
         total_G = weighted_sum(parts, weights)
         return {"reward_G": total_G, **{f"reward_{label}_G": score_G for label, score_G in parts.items()}}

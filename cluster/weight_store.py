@@ -1,7 +1,7 @@
 """The weight store: the last versions' bytes, in Ray's object store, outside the learner.
 
-    publish -> [put by the store itself, so that the learner's death does not take it along] -> fetch
-            -> gone when `num_kept` newer versions have come
+publish -> [put by the store itself, so that the learner's death does not take it along] -> fetch
+        -> gone when `num_kept` newer versions have come
 """
 
 from __future__ import annotations

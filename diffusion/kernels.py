@@ -67,9 +67,7 @@ def transition(
     )
 
 
-def log_prob_latent_sum(
-    next_state_NCHW: Tensor, mean_NCHW: Tensor, sigma_N: Tensor, scored_N: Tensor
-) -> Tensor:
+def log_prob_latent_sum(next_state_NCHW: Tensor, mean_NCHW: Tensor, sigma_N: Tensor, scored_N: Tensor) -> Tensor:
     """Returns ln N(x_{t-1}; mean, sigma^2 I) summed over latent entries, (N,) fp64; 0 where unscored."""
     safe_sigma_N = torch.where(scored_N, sigma_N, torch.ones_like(sigma_N))
     residual = (next_state_NCHW - mean_NCHW) / _spread(safe_sigma_N, mean_NCHW)
@@ -105,9 +103,7 @@ def guide(unconditional_NCHW: Tensor, conditional_NCHW: Tensor, guidance_scale: 
     return unconditional_NCHW + guidance_scale * (conditional_NCHW - unconditional_NCHW)
 
 
-def _mean(
-    state_NCHW: Tensor, output_NCHW: Tensor, constants: StepConstants, prediction_type: PredictionType
-) -> Tensor:
+def _mean(state_NCHW: Tensor, output_NCHW: Tensor, constants: StepConstants, prediction_type: PredictionType) -> Tensor:
     noise_NCHW, clean_NCHW = predicted_noise_and_clean(state_NCHW, output_NCHW, constants, prediction_type)
     return (
         _spread(constants.mean_clean_N, state_NCHW) * clean_NCHW

@@ -59,9 +59,7 @@ class Policy:
         self.trainable = trainable
         self.tokenizer = _load(CLIPTokenizer, source, "tokenizer")
         self.text_encoder = self._frozen(_load(CLIPTextModel, source, "text_encoder", dtype=dtype))
-        self.unet: UNet2DConditionModel = self._frozen(
-            _load(UNet2DConditionModel, source, "unet", torch_dtype=dtype)
-        )
+        self.unet: UNet2DConditionModel = self._frozen(_load(UNet2DConditionModel, source, "unet", torch_dtype=dtype))
         self.vae: AutoencoderKL | None = None
         if with_decoder:
             self.vae = self._frozen(_load(AutoencoderKL, source, "vae", torch_dtype=dtype))
@@ -72,9 +70,7 @@ class Policy:
         self._make_trainable(seed)
 
     @classmethod
-    def from_recipe(
-        cls, recipe: Recipe, device: torch.device | str = "cpu", *, with_decoder: bool = True
-    ) -> Policy:
+    def from_recipe(cls, recipe: Recipe, device: torch.device | str = "cpu", *, with_decoder: bool = True) -> Policy:
         """Loads a recipe's base model with its trainable part, as learner, rollouts and evaluation all do."""
         return cls(
             model_source(recipe.model.path),
@@ -145,7 +141,8 @@ class Policy:
             torch.cat([timestep_N, timestep_N]),
             encoder_hidden_states=torch.cat([empty_NLE, embedding_NLE]),
         ).sample
-        return guide(*output.float().chunk(2), guidance_scale)
+        unconditional_NCHW, conditional_NCHW = output.float().chunk(2)
+        return guide(unconditional_NCHW, conditional_NCHW, guidance_scale)
 
     @torch.no_grad()
     def decode(self, latent_NCHW: Tensor) -> np.ndarray:

@@ -68,9 +68,7 @@ def make_schedule(
     sigma_T = eta * torch.sqrt((1 - next_T) / (1 - now_T) * (1 - now_T / next_T))
     scored_T = _scored(sigma_T, next_T, eta)
     clean_T, noise_T, state_T = _mean_coefficients(kernel, now_T, next_T, sigma_T)
-    return StepConstants(
-        timestep_T, now_T.sqrt(), (1 - now_T).sqrt(), clean_T, noise_T, state_T, sigma_T, scored_T
-    )
+    return StepConstants(timestep_T, now_T.sqrt(), (1 - now_T).sqrt(), clean_T, noise_T, state_T, sigma_T, scored_T)
 
 
 def _scored(sigma_T: Tensor, next_T: Tensor, eta: float) -> Tensor:
@@ -81,9 +79,7 @@ def _scored(sigma_T: Tensor, next_T: Tensor, eta: float) -> Tensor:
     return scored_T
 
 
-def _mean_coefficients(
-    kernel: str, now_T: Tensor, next_T: Tensor, sigma_T: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _mean_coefficients(kernel: str, now_T: Tensor, next_T: Tensor, sigma_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     zero_T = torch.zeros_like(now_T)
     if kernel == "ddim":
         # Rounding can leave 1 - abar' - sigma^2 a hair below zero when eta is 1.

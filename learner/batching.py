@@ -64,3 +64,6 @@ def items_where(wanted_PGT: Tensor) -> Tensor:
     return torch.stack([group_N, sibling_N, step_N], dim=1)
 
 
+def micro_batches(item_N3: Tensor, size: int) -> list[Tensor]:
+    """Splits items into micro-batches of at most `size`; none where there are no items."""
+    return list(torch.split(item_N3, size)) if len(item_N3) else []

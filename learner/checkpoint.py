@@ -1,9 +1,9 @@
 """Checkpoints: the durable state of a run, complete or not there at all.
 
-    checkpoints/round-000010/     written as .tmp-round-000010, then renamed
-        meta.json                 rounds done, steps, digests, what the state fits
-        state/                    DeepSpeed's files: for *resume* only
-        versions/000010.safetensors   published bytes of the last lag + 1 versions: for resume and *inference*
+checkpoints/round-000010/     written as .tmp-round-000010, then renamed
+    meta.json                 rounds done, steps, digests, what the state fits
+    state/                    DeepSpeed's files: for *resume* only
+    versions/000010.safetensors   published bytes of the last lag + 1 versions: for resume and *inference*
 """
 
 from __future__ import annotations

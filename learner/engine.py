@@ -41,7 +41,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=[p for p in module.parameters() if p.requires_grad],
-            config=deepspeed_config(settings, device),
+            config=deepspeed_config(settings),
         )
         self._engine.eval()
 
@@ -149,7 +149,7 @@ class Engine:
         return float(torch.nn.utils.get_total_norm(gradients))
 
 
-def deepspeed_config(settings: Learner, device: torch.device) -> dict[str, Any]:
+def deepspeed_config(settings: Learner) -> dict[str, Any]:
     """Returns DeepSpeed's configuration of a recipe's learner section."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,

@@ -49,7 +49,7 @@ class LearnerRank:
         self._policy.keep_reference()
         self._engine = Engine(self._policy.unet, recipe.learner, device)
         self._chain = Chain(self._policy, recipe.sampler)
-        self._updater = Updater(recipe, self._chain, self._engine)
+        self._updater = Updater(recipe, self._chain, self._engine, lambda: self._report_progress("learning"))
         self._versions = Versions(recipe.lag)
         self._round, self._step, self._skipped = 0, 0, 0
         self._checked_store_at = self._reported_at = 0.0
@@ -117,7 +117,6 @@ class LearnerRank:
 
     def _learn(self, collected: Collected) -> tuple[UpdateReport, float]:
         started = time.monotonic()
-        self._report_progress("learning")
         batch = stack_groups(collected.groups, self._device)
         version = self._plan.version_of(self._round)
         behaviour = None if version == self._round else lambda: self._holding(version)
@@ -186,9 +185,7 @@ class LearnerRank:
             digests,
         )
 
-    def _write_journal(
-        self, collected: Collected, report: UpdateReport, learner_s: float, wait_s: float
-    ) -> None:
+    def _write_journal(self, collected: Collected, report: UpdateReport, learner_s: float, wait_s: float) -> None:
         parts = self._engine.gather((collected.receipts, vars(self._collector.counts)))
         self._collector.counts = Counts()
         if not self._is_first_rank:
@@ -263,7 +260,7 @@ class LearnerRank:
 
     def _report_progress(self, state: str) -> None:
         now = time.monotonic()
-        if state == "waiting" and now - self._reported_at < REPORT_EVERY_S:
+        if state != "done" and now - self._reported_at < REPORT_EVERY_S:
             return
         self._reported_at = now
         alive_s = now - self._started_at

@@ -15,7 +15,7 @@ from diffusion.policy import Denoiser
 from learner import parity
 from learner.algorithms.metrics import Metrics
 from learner.algorithms.prdp import prdp, summarise
-from learner.batching import RoundBatch, items_where
+from learner.batching import RoundBatch, items_where, micro_batches
 from learner.engine import Engine
 from learner.two_pass import differentiate, surrogate
 from protocol.errors import TrainingError
@@ -42,8 +42,10 @@ class UpdateReport:
 class Updater:
     """Applies the recipe's algorithm to rounds of groups. All ranks call it together."""
 
-    def __init__(self, recipe: Recipe, chain: Chain, engine: Engine) -> None:
+    def __init__(self, recipe: Recipe, chain: Chain, engine: Engine, after_pass: Callable[[], None]) -> None:
+        """`after_pass` is called after every micro-batch, for whoever watches progress."""
         self._recipe, self._chain, self._engine = recipe, chain, engine
+        self._after_pass = after_pass
         self.num_forward = self.num_backward = 0
         """U-Net evaluations so far on this rank, one latent and one branch each (algorithms.md 7.1)."""
 
@@ -58,7 +60,7 @@ class Updater:
         old_PGT = batch.log_prob_PGT if algorithm.clip_center == "behaviour" else now_PGT
         if round_ == 0:
             self._check_start(now_PGT, ref_PGT, batch)
-        report = UpdateReport(self._mean_kl(now_PGT, ref_PGT, batch), gap, recomputed=not reusable)
+        report = UpdateReport(self._mean_kl(now_PGT, ref_PGT), gap, recomputed=not reusable)
         for update in range(algorithm.num_updates):
             for part in range(algorithm.inner_minibatches):
                 first = update == part == 0
@@ -76,9 +78,10 @@ class Updater:
     ) -> None:
         """One optimizer step on one part of the round: pass A, loss, pass B. `now_PGT` saves pass A."""
         num_parts = self._recipe.algorithm.inner_minibatches
-        batch, now, old, ref = _parts(batch, (now_PGT, old_PGT, ref_PGT), part, num_parts)
-        if now is None:
-            now = self._score_all(batch, self._engine.denoiser)
+        batch = batch.part(part, num_parts)
+        old, ref = old_PGT.chunk(num_parts)[part], ref_PGT.chunk(num_parts)[part]
+        reused = None if now_PGT is None else now_PGT.chunk(num_parts)[part]
+        now = self._score_all(batch, self._engine.denoiser) if reused is None else reused
         loss = functools.partial(
             prdp,
             log_prob_old_PGT=old,
@@ -99,8 +102,7 @@ class Updater:
 
     def _descend(self, batch: RoundBatch, omega: Tensor) -> float | None:
         """Pass B and the optimizer step. Returns the gradient norm, or None if no rank has any gradient."""
-        batches = list(items_where(omega != 0).split(self._recipe.learner.micro_batch_size))
-        batches = [items for items in batches if len(items)]
+        batches = micro_batches(items_where(omega != 0), self._recipe.learner.micro_batch_size)
         num_passes = int(self._engine.max(torch.tensor(float(len(batches)))))
         if num_passes == 0:
             return None
@@ -117,13 +119,15 @@ class Updater:
         """Returns the log-probabilities of (group, sibling, step) items, (N,) fp64 latent_sum."""
         group_N, sibling_N, step_N = item_N3.unbind(1)
         self.num_forward += len(item_N3) * self._recipe.sampler.num_branches
-        return self._chain.step(
+        scored = self._chain.step(
             denoiser,
             batch.latents_PGSCHW[group_N, sibling_N, step_N],
             step_N,
             self._chain.policy.embed_all(batch.prompts)[group_N],
             next_state_NCHW=batch.latents_PGSCHW[group_N, sibling_N, step_N + 1],
-        ).log_prob_N
+        )
+        self._after_pass()
+        return scored.log_prob_N
 
     @torch.no_grad()
     def _score_all(self, batch: RoundBatch, denoiser: Denoiser) -> Tensor:
@@ -136,18 +140,18 @@ class Updater:
     def _scored_items(self, batch: RoundBatch) -> list[Tensor]:
         """The micro-batches of all scored items: as many on every rank, since parts and schedules are equal."""
         scored_PGT = batch.scored_PT[:, None, :].expand_as(batch.log_prob_PGT)
-        return list(items_where(scored_PGT).split(self._recipe.learner.micro_batch_size))
+        return micro_batches(items_where(scored_PGT), self._recipe.learner.micro_batch_size)
 
     @torch.no_grad()
     def _parity_gap(self, batch: RoundBatch, round_: int, behaviour: Behaviour) -> float:
         """Recomputes some micro-batches as training does; returns the largest gap on any rank, latent_mean."""
-        micro_batches = self._scored_items(batch)
+        probes = self._scored_items(batch)
         seed = derive_seed(self._recipe.seed, Purpose.PARITY_PROBE, round_)
-        chosen = torch.randperm(len(micro_batches), generator=torch.Generator().manual_seed(seed))
+        chosen = torch.randperm(len(probes), generator=torch.Generator().manual_seed(seed))
         gaps = []
         with behaviour():
             for number in chosen[: self._recipe.learner.num_parity_probes].tolist():
-                items = micro_batches[number]
+                items = probes[number]
                 stored_N = batch.log_prob_PGT[tuple(items.unbind(1))]
                 gaps.append((self._score(batch, self._engine.denoiser, items) - stored_N).abs().max())
         gap = float(self._engine.max(torch.stack(gaps).max())) / batch.num_latent_entries
@@ -160,7 +164,7 @@ class Updater:
         gap = float(self._engine.max((now_PGT - ref_PGT).abs().max())) / batch.num_latent_entries
         parity.check_start(gap, parity.tolerance(self._recipe, batch.num_latent_entries))
 
-    def _mean_kl(self, now_PGT: Tensor, ref_PGT: Tensor, batch: RoundBatch) -> float:
+    def _mean_kl(self, now_PGT: Tensor, ref_PGT: Tensor) -> float:
         """Mean trajectory log-ratio to ref in sum_sum: an unbiased KL estimate when theta sampled the round."""
         rho_PG = (now_PGT - ref_PGT).sum(2)
         total, count = self._engine.sum(torch.stack([rho_PG.sum(), rho_PG.new_tensor(rho_PG.numel())]))
@@ -178,14 +182,4 @@ class Updater:
     def _means(self, metrics: Metrics) -> dict[str, float]:
         names = sorted(metrics)
         totals = self._engine.sum(torch.stack([metrics[name] for name in names]))
-        return {
-            name: float(total / max(count, 1)) for name, (total, count) in zip(names, totals, strict=True)
-        }
-
-
-def _parts(
-    batch: RoundBatch, tensors: tuple[Tensor | None, Tensor, Tensor], part: int, num_parts: int
-) -> tuple[RoundBatch, Tensor | None, Tensor, Tensor]:
-    now, old, ref = (None if t is None else t.chunk(num_parts)[part] for t in tensors)
-    assert old is not None and ref is not None
-    return batch.part(part, num_parts), now, old, ref
+        return {name: float(total / max(count, 1)) for name, (total, count) in zip(names, totals, strict=True)}

@@ -100,9 +100,7 @@ def decode_group(fields: Fields) -> Group:
     """Returns the group in an entry, its arrays being read-only views, or raises `WireError`."""
     _check_envelope("group", fields)
     names = _array_names(fields)
-    _check_names(
-        fields, (*_GROUP_FIELDS, *(f"array/{n}" for n in names), *(f"array/{n}/spec" for n in names))
-    )
+    _check_names(fields, (*_GROUP_FIELDS, *(f"array/{n}" for n in names), *(f"array/{n}/spec" for n in names)))
     return Group(
         ticket_id=_text(fields, "ticket_id"),
         round=_number(fields, "round"),

@@ -63,7 +63,5 @@ def read_prompts(path: str) -> list[str]:
         ) from error
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
-        raise ModelError(
-            f"the prompt file {file} has no prompts", expected="one prompt a line", do="add prompts to it"
-        )
+        raise ModelError(f"the prompt file {file} has no prompts", expected="one prompt a line", do="add prompts to it")
     return prompts

@@ -308,9 +308,7 @@ class Recipe(Section):
             if label in RESERVED_LABELS:
                 raise ValueError(f"rewards: {label} is a name that metrics use themselves; rename the reward")
             if labels.count(label) > 1:
-                raise ValueError(
-                    f"rewards: two rewards are called {label}; metrics could not tell them apart"
-                )
+                raise ValueError(f"rewards: two rewards are called {label}; metrics could not tell them apart")
         if all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: every weight is 0, so nothing is trained on")
         return self
@@ -334,9 +332,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _prdp_can_learn(self) -> Self:
         if self.batch.group_size < 2:
-            raise ValueError(
-                f"batch.group_size: {self.batch.group_size}; prdp compares siblings and needs at least 2"
-            )
+            raise ValueError(f"batch.group_size: {self.batch.group_size}; prdp compares siblings and needs at least 2")
         if self.sampler.num_scored_steps < 1:
             raise ValueError(
                 f"sampler: eta {self.sampler.eta} with {self.sampler.num_steps} steps leaves no step with a "

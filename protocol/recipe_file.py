@@ -53,9 +53,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"the recipe {path} cannot be read: {error}", expected="a YAML file") from None
     if not isinstance(document, dict):
-        raise RecipeError(
-            f"the recipe {path} has no keys", value=type(document).__name__, expected="a YAML mapping"
-        )
+        raise RecipeError(f"the recipe {path} has no keys", value=type(document).__name__, expected="a YAML mapping")
     return document
 
 

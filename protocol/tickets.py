@@ -55,9 +55,7 @@ class TicketPlan:
             round=round_,
             index=index,
             prompt=self._prompt(round_ * self.num_groups + index),
-            seeds_G=tuple(
-                derive_seed(self.run_seed, Purpose.SIBLING, ticket_id, g) for g in range(self.group_size)
-            ),
+            seeds_G=tuple(derive_seed(self.run_seed, Purpose.SIBLING, ticket_id, g) for g in range(self.group_size)),
             version=self.version_of(round_),
             weights_digest=weights_digest,
         )

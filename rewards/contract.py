@@ -37,7 +37,7 @@ def check_scores(name: str, scores: Any, prompts: Sequence[str]) -> np.ndarray:
     if not np.isfinite(array).all():
         worst = int(np.argmin(np.isfinite(array)))
         raise RewardError(
-            f"{about} returned a score that is not finite, for image {worst}",
+            f"reward {name}, on the prompt {prompts[worst]!r}, returned a score that is not finite, for image {worst}",
             value=float(array[worst]),
             expected="finite numbers",
             do="clamp the score, or mend the reward",

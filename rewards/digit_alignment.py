@@ -48,9 +48,7 @@ def parse_prompt(prompt: str) -> Said:
             f"{', '.join(COLOURS)} and digits {', '.join(DIGITS)}",
             do="use prompts of that form, such as those in assets/prompts_train.txt, or another reward",
         )
-    return Said(
-        DIGITS.index(match["digit"]), COLOURS.index(match["colour"]), COLOURS.index(match["ground"])
-    )
+    return Said(DIGITS.index(match["digit"]), COLOURS.index(match["colour"]), COLOURS.index(match["ground"]))
 
 
 class DigitClassifier(nn.Module):
@@ -110,7 +108,8 @@ class DigitAlignment:
     def __call__(self, images_NHW3: np.ndarray, prompts: list[str]) -> np.ndarray:
         """Scores (N,) float32."""
         log_probs_N3 = self.log_probs(images_NHW3, prompts)
-        return np.maximum(log_probs_N3, self.floor).sum(axis=1)
+        clamped_N3: np.ndarray = np.maximum(log_probs_N3, self.floor)
+        return np.asarray(clamped_N3.sum(axis=1))
 
     def log_probs(self, images_NHW3: np.ndarray, prompts: list[str]) -> np.ndarray:
         """Log-probability (N, 3) float32 of the digit, its colour and the ground that each prompt says, not clamped."""
@@ -124,8 +123,11 @@ class DigitAlignment:
     def is_right(self, images_NHW3: np.ndarray, prompts: list[str]) -> np.ndarray:
         """Whether (N, 3) bool the likeliest digit, colour and ground are the ones that each prompt says."""
         said_N3 = np.array([parse_prompt(prompt) for prompt in prompts])
-        likeliest = [logits.argmax(dim=1).numpy() for logits in self._logits(images_NHW3)]
-        return np.stack(likeliest, axis=1) == said_N3
+        return np.asarray(self.likeliest(images_NHW3) == said_N3)
+
+    def likeliest(self, images_NHW3: np.ndarray) -> np.ndarray:
+        """Class numbers (N, 3) int64 of the likeliest digit, its colour and the ground."""
+        return np.stack([logits.argmax(dim=1).numpy() for logits in self._logits(images_NHW3)], axis=1)
 
     @torch.inference_mode()
     def _logits(self, images_NHW3: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:

@@ -95,7 +95,8 @@ def _load_file(spec: str, path: str) -> ModuleType:
     if private_name in sys.modules:
         return sys.modules[private_name]
     module_spec = importlib.util.spec_from_file_location(private_name, file)
-    assert module_spec is not None and module_spec.loader is not None
+    assert module_spec is not None
+    assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[private_name] = module
     try:
@@ -129,7 +130,8 @@ def _import(spec: str, module: str) -> ModuleType:
 def _attribute(module: ModuleType, name: str, spec: str) -> Callable[..., Any]:
     found = getattr(module, name, None)
     if callable(found):
-        return found
+        target: Callable[..., Any] = found
+        return target
     public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     ours = module.__name__.split(".")[0] in OURS and Path(str(module.__file__)).is_relative_to(ROOT)
     raise RewardError(

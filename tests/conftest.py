@@ -18,9 +18,7 @@ from protocol.tickets import Ticket, TicketPlan
 settings.register_profile("sfumato", deadline=None)
 settings.load_profile("sfumato")
 
-PLAN = TicketPlan(
-    run_seed=7, prompts=("a red seven", "a blue one", "a green four"), num_groups=8, group_size=4, lag=1
-)
+PLAN = TicketPlan(run_seed=7, prompts=("a red seven", "a blue one", "a green four"), num_groups=8, group_size=4, lag=1)
 DIGEST = "9f86d081" * 8
 
 

@@ -55,9 +55,7 @@ def redacted_url(url: str) -> str:
     expected = "redis://[user][:password]@host:port/db or rediss://... for TLS"
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in ("redis", "rediss"):
-        raise RedisError(
-            "the Redis URL has an unknown scheme", value=scheme if separator else "", expected=expected
-        )
+        raise RedisError("the Redis URL has an unknown scheme", value=scheme if separator else "", expected=expected)
     form = RedisError("the Redis URL cannot be read", expected=expected, do="percent-encode the password")
     try:
         parts = urlsplit(url)
@@ -74,9 +72,7 @@ def redacted_url(url: str) -> str:
 def _check_options(query: str) -> None:
     names = [option.partition("=")[0] for option in query.split("&") if option]
     if unknown := [name for name in names if not name.startswith("ssl_")]:
-        raise RedisError(
-            "the Redis URL has an unknown option", value=unknown[0], expected="ssl_... options only"
-        )
+        raise RedisError("the Redis URL has an unknown option", value=unknown[0], expected="ssl_... options only")
 
 
 def _check_server(client: redis.Redis, address: str) -> None:

@@ -237,9 +237,7 @@ class Streams:
         shards = {self.key(f"groups:{shard}").encode(): shard for shard in cursors}
         after = {self.key(f"groups:{shard}"): cursor for shard, cursor in cursors.items()}
         found = self._redis.xread(after, count=ENTRIES_PER_READ, block=self._block_ms(block_s))
-        return [
-            (shards[key], entry_id.decode(), fields) for key, entries in found for entry_id, fields in entries
-        ]
+        return [(shards[key], entry_id.decode(), fields) for key, entries in found for entry_id, fields in entries]
 
     @explain_errors
     def trim_through(self, shard: int, entry_id: str) -> None:
@@ -269,9 +267,7 @@ class Streams:
         letter = {b"kind": kind.encode(), b"reason": reason[:1000].encode(errors="replace")}
         letter[b"time"] = str(time.time()).encode()
         pipeline = self._redis.pipeline(transaction=False)
-        pipeline.xadd(
-            self.key("dead_letter"), letter | _clipped(fields), maxlen=MAX_DEAD_LETTERS, approximate=False
-        )
+        pipeline.xadd(self.key("dead_letter"), letter | _clipped(fields), maxlen=MAX_DEAD_LETTERS, approximate=False)
         pipeline.hincrby(self.key("counters"), f"dead_letters_{kind}", 1)
         pipeline.execute()
 

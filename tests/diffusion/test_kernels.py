@@ -56,11 +56,11 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def draw(constants: StepConstants, state: Tensor, output: Tensor, noise: Tensor, wire: torch.dtype) -> Transition:
+def draw(
+    constants: StepConstants, state: Tensor, output: Tensor, noise: Tensor, wire: torch.dtype
+) -> Transition:
     """Draws with an epsilon-predicting network's output."""
-    return transition(
-        state, output, constants, prediction_type="epsilon", noise_NCHW=noise, wire_dtype=wire
-    )
+    return transition(state, output, constants, prediction_type="epsilon", noise_NCHW=noise, wire_dtype=wire)
 
 
 def score(constants: StepConstants, state: Tensor, output: Tensor, next_state: Tensor) -> Transition:
@@ -130,7 +130,9 @@ def test_with_a_half_precision_wire_the_density_is_that_of_the_rounded_point(ker
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(("timesteps", "step"), [([999, 949], 0), ([500, 480], 0), ([41, 21, 1], 1), ([1], 0)])
+@pytest.mark.parametrize(
+    ("timesteps", "step"), [([999, 949], 0), ([500, 480], 0), ([41, 21, 1], 1), ([1], 0)]
+)
 def test_a_one_dimensional_kernel_integrates_to_one(kernel: Kernel, timesteps: list[int], step: int) -> None:
     constants = schedule(timesteps, kernel=kernel, clamp=True)
     grid = torch.linspace(-12, 12, 40_001, dtype=torch.float64)
@@ -204,7 +206,9 @@ def test_equivalent_outputs_of_all_prediction_types_give_one_transition(
         assert found_noise.item() == pytest.approx(noise, abs=1e-9)
         assert found_clean.item() == pytest.approx(clean, rel=1e-9, abs=1e-9)
         torch.testing.assert_close(scored[kind].mean_NCHW, scored["epsilon"].mean_NCHW, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(scored[kind].log_prob_N, scored["epsilon"].log_prob_N, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            scored[kind].log_prob_N, scored["epsilon"].log_prob_N, rtol=1e-6, atol=1e-6
+        )
 
 
 def test_guidance_one_and_zero_are_the_two_branches() -> None:
@@ -250,7 +254,9 @@ def test_sums_in_single_precision_would_err_by_a_tenth_of_the_smallest_window() 
     errors = []
     for seed in range(20):
         point, one, two, sigma, _ = means_a_hair_apart(seed)
-        first, second = (torch.distributions.Normal(mean, sigma).log_prob(point).mean() for mean in (one, two))
+        first, second = (
+            torch.distributions.Normal(mean, sigma).log_prob(point).mean() for mean in (one, two)
+        )
         exact = exact_log_ratio(point, one, two, sigma).item() / point.numel()
         errors.append((first - second).item() - exact)
     assert math.sqrt(sum(error**2 for error in errors) / len(errors)) > 3e-8

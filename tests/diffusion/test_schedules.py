@@ -60,7 +60,11 @@ def test_every_ddim_step_is_the_one_that_diffusers_takes(
         state, output, noise = torch.randn((3, 1, 4, 8, 8), generator=generator).unbind()
         theirs = scheduler.step(output, timestep, state, eta=eta, variance_noise=noise).prev_sample
         ours = transition(
-            state, output, constants.at(torch.tensor([step])), prediction_type=prediction_type, noise_NCHW=noise
+            state,
+            output,
+            constants.at(torch.tensor([step])),
+            prediction_type=prediction_type,
+            noise_NCHW=noise,
         ).next_state_NCHW
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 

@@ -150,9 +150,7 @@ def test_damage_under_a_valid_checksum_is_never_anything_but_a_wire_error(
 ) -> None:
     """What a sender with a bug, or with bad intent, can do to a reader: nothing worse."""
     whole, decode = data.draw(
-        st.sampled_from(
-            [(encode_group(make_group()), decode_group), (encode_ticket(make_ticket()), decode_ticket)]
-        )
+        st.sampled_from([(encode_group(make_group()), decode_group), (encode_ticket(make_ticket()), decode_ticket)])
     )
     damaged = damage(data, whole)
     damaged[b"checksum"] = protocol.codec._checksum(damaged)
@@ -277,9 +275,7 @@ def test_an_oversized_group_is_neither_sent_nor_read(
 @pytest.mark.parametrize(
     "change", [{"round": -1}, {"index": 2**63}, {"prompt": "\ud800"}, {"seeds_G": (-1,)}, {"seeds_G": ()}]
 )
-def test_what_could_not_be_read_back_is_not_sent(
-    make_ticket: Callable[..., Ticket], change: dict[str, object]
-) -> None:
+def test_what_could_not_be_read_back_is_not_sent(make_ticket: Callable[..., Ticket], change: dict[str, object]) -> None:
     with pytest.raises(WireError):
         encode_ticket(dataclasses.replace(make_ticket(), **change))  # type: ignore[arg-type]
 

@@ -21,9 +21,7 @@ def test_seeds_are_the_same_on_every_machine_and_in_every_release() -> None:
 
 
 def test_every_part_of_the_key_matters() -> None:
-    keys = [
-        (root, purpose, a, b) for root in range(5) for purpose in Purpose for a in range(5) for b in range(5)
-    ]
+    keys = [(root, purpose, a, b) for root in range(5) for purpose in Purpose for a in range(5) for b in range(5)]
     assert len({derive_seed(*key) for key in keys}) == len(keys)
 
 

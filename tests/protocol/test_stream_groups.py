@@ -25,9 +25,7 @@ def read_ids(reader: GroupReader) -> list[str]:
     return ids
 
 
-def test_a_reader_sees_every_group_of_its_shards_once(
-    streams: Streams, make_group: Callable[..., Group]
-) -> None:
+def test_a_reader_sees_every_group_of_its_shards_once(streams: Streams, make_group: Callable[..., Group]) -> None:
     readers = [GroupReader(streams, [shard]) for shard in range(streams.num_shards)]
     seen: list[list[str]] = [[], []]
     for round_ in range(3):
@@ -47,9 +45,7 @@ def test_a_group_arrives_as_it_was_sent(streams: Streams, make_group: Callable[.
     assert arrival.content.content_checksum() == make_group(index=5).content_checksum()
 
 
-def test_a_waiting_reader_gets_a_group_when_it_is_appended(
-    streams: Streams, make_group: Callable[..., Group]
-) -> None:
+def test_a_waiting_reader_gets_a_group_when_it_is_appended(streams: Streams, make_group: Callable[..., Group]) -> None:
     timer = threading.Timer(0.1, streams.append, [make_group()])
     timer.start()
     started = time.monotonic()
@@ -85,9 +81,7 @@ def test_bad_entries_become_dead_letters_and_reading_goes_on(
         "000000-0002",
         "000000-0001",
     ]
-    assert ["checksum" in dead[0].reason, "wrong kind" in dead[3].reason, "shard" in dead[4].reason] == [
-        True
-    ] * 3
+    assert ["checksum" in dead[0].reason, "wrong kind" in dead[3].reason, "shard" in dead[4].reason] == [True] * 3
     assert streams.counters()["dead_letters_group"] == 5
     assert reader.read(block_s=0) == []
 
@@ -101,9 +95,7 @@ def test_a_dead_letter_is_small_however_large_the_entry_was(streams: Streams) ->
         assert size_bytes < streams_module.MAX_DEAD_LETTER_BYTES + 10_000, entry_id
 
 
-def test_dead_letters_are_bounded_and_the_oldest_go_first(
-    streams: Streams, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dead_letters_are_bounded_and_the_oldest_go_first(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams_module, "MAX_DEAD_LETTERS", 10)
     for number in range(25):
         streams.dead_letter("group", f"reason {number}", {})

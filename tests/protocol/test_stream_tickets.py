@@ -14,9 +14,7 @@ IDLE_S = 0.15
 NEVER_S = 1000.0
 
 
-def take(
-    streams: Streams, consumer: str = "a", *, block_s: float = 0, idle_s: float = NEVER_S
-) -> Claim | None:
+def take(streams: Streams, consumer: str = "a", *, block_s: float = 0, idle_s: float = NEVER_S) -> Claim | None:
     return streams.take(consumer, block_s=block_s, claim_idle_s=idle_s)
 
 
@@ -26,9 +24,7 @@ def taken(streams: Streams, consumer: str = "a", *, idle_s: float = NEVER_S) -> 
     return claim
 
 
-def test_tickets_are_taken_in_the_order_of_issue(
-    streams: Streams, make_ticket: Callable[..., Ticket]
-) -> None:
+def test_tickets_are_taken_in_the_order_of_issue(streams: Streams, make_ticket: Callable[..., Ticket]) -> None:
     tickets = [make_ticket(index) for index in range(4)]
     streams.issue(tickets)
     assert [taken(streams).ticket for _ in tickets] == tickets
@@ -61,9 +57,7 @@ def test_an_acknowledged_ticket_is_gone(streams: Streams, make_ticket: Callable[
     assert taken(streams, idle_s=0).ticket == make_ticket(1)
 
 
-def test_the_ticket_of_a_dead_worker_goes_to_another(
-    streams: Streams, make_ticket: Callable[..., Ticket]
-) -> None:
+def test_the_ticket_of_a_dead_worker_goes_to_another(streams: Streams, make_ticket: Callable[..., Ticket]) -> None:
     streams.issue([make_ticket()])
     lost = taken(streams, "dead")
     assert take(streams, "alive", idle_s=IDLE_S) is None
@@ -92,9 +86,7 @@ def test_a_renewed_ticket_stays_with_its_worker(streams: Streams, make_ticket: C
         assert take(streams, "eager", idle_s=IDLE_S) is None
 
 
-def test_a_worker_does_not_renew_what_another_took_over(
-    streams: Streams, make_ticket: Callable[..., Ticket]
-) -> None:
+def test_a_worker_does_not_renew_what_another_took_over(streams: Streams, make_ticket: Callable[..., Ticket]) -> None:
     streams.issue([make_ticket(0), make_ticket(1)])
     lost = taken(streams, "stalled")
     assert taken(streams, "other", idle_s=0).entry_id == lost.entry_id
@@ -111,9 +103,7 @@ def test_an_answered_ticket_is_not_renewed(streams: Streams, make_ticket: Callab
     assert streams.renew("a", []) == []
 
 
-def test_a_claim_whose_entry_was_deleted_is_passed_over(
-    streams: Streams, make_ticket: Callable[..., Ticket]
-) -> None:
+def test_a_claim_whose_entry_was_deleted_is_passed_over(streams: Streams, make_ticket: Callable[..., Ticket]) -> None:
     streams.issue([make_ticket(0), make_ticket(1)])
     streams._redis.xdel(streams.key("tickets"), taken(streams, "dead").entry_id)
     assert taken(streams, "alive", idle_s=0).ticket == make_ticket(1)
@@ -141,9 +131,7 @@ def test_taking_waits_no_longer_than_it_is_told(streams: Streams) -> None:
         assert block_s <= time.monotonic() - started < longest_s
 
 
-def test_a_waiting_worker_gets_a_ticket_when_it_is_issued(
-    streams: Streams, make_ticket: Callable[..., Ticket]
-) -> None:
+def test_a_waiting_worker_gets_a_ticket_when_it_is_issued(streams: Streams, make_ticket: Callable[..., Ticket]) -> None:
     timer = threading.Timer(0.1, streams.issue, [[make_ticket()]])
     timer.start()
     started = time.monotonic()

@@ -64,9 +64,7 @@ def test_another_run_seed_gives_other_seeds_and_another_order_of_prompts() -> No
 def test_every_prompt_comes_once_in_each_pass(plan: TicketPlan, pass_: int) -> None:
     rounds = range((pass_ + 1) * len(plan.prompts) // plan.num_groups + 1)
     prompts = [ticket.prompt for round_ in rounds for ticket in plan.round(round_, DIGEST)]
-    assert Counter(prompts[pass_ * len(plan.prompts) : (pass_ + 1) * len(plan.prompts)]) == Counter(
-        plan.prompts
-    )
+    assert Counter(prompts[pass_ * len(plan.prompts) : (pass_ + 1) * len(plan.prompts)]) == Counter(plan.prompts)
 
 
 def test_passes_come_in_different_orders() -> None:
@@ -75,9 +73,7 @@ def test_passes_come_in_different_orders() -> None:
     assert len(orders) == 8
 
 
-@pytest.mark.parametrize(
-    ("lag", "versions"), [(0, [0, 1, 2, 3, 4]), (1, [0, 0, 1, 2, 3]), (2, [0, 0, 0, 1, 2])]
-)
+@pytest.mark.parametrize(("lag", "versions"), [(0, [0, 1, 2, 3, 4]), (1, [0, 0, 1, 2, 3]), (2, [0, 0, 0, 1, 2])])
 def test_round_u_is_sampled_with_version_u_minus_lag(lag: int, versions: list[int]) -> None:
     plan = dataclasses.replace(PLAN, lag=lag)
     assert [plan.version_of(round_) for round_ in range(5)] == versions

@@ -1,0 +1,151 @@
+"""Running the command line as people do, in a process of its own, and reading what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from diffusion.weights import unpack
+from learner.checkpoint import latest_checkpoint
+
+COMMAND = str(Path(sys.executable).with_name("sfumato"))
+TIMEOUT_S = 180.0
+
+
+def environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """Ours, without what would make a run join somebody's cluster or find somebody's modules."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH")}
+    return {**inherited, **extra}
+
+
+def sfumato(
+    *arguments: str | Path, cwd: Path, env: Mapping[str, str] = {}, timeout_s: float = TIMEOUT_S
+) -> subprocess.CompletedProcess[str]:
+    """Runs `sfumato ARGUMENTS` and returns its exit code and output, whatever they are."""
+    return subprocess.run(
+        [COMMAND, *map(str, arguments)],
+        cwd=cwd,
+        env=environment(env),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its directory and what it printed."""
+
+    folder: Path
+    output: str = ""
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl."""
+        return rows(self.folder / "metrics.jsonl")
+
+    @property
+    def ledger(self) -> list[dict[str, Any]]:
+        """The rows of ledger.jsonl."""
+        return rows(self.folder / "ledger.jsonl")
+
+    @property
+    def digests(self) -> dict[int, str]:
+        """The digest of every version."""
+        ledger = self.ledger
+        return {0: ledger[0]["digest"], **{row["published_version"]: row["published_digest"] for row in ledger}}
+
+    @property
+    def digest(self) -> str:
+        """The digest of the newest version."""
+        return str(self.ledger[-1]["published_digest"])
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained weights of the newest checkpoint."""
+        found = latest_checkpoint(self.folder)
+        assert found is not None
+        return unpack(found.version_bytes(found.meta.round))
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the whole lines of a file that may be growing."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def finished(process: subprocess.CompletedProcess[str], folder: Path) -> Run:
+    """Returns the run that a process has made, or fails with all that it said."""
+    assert process.returncode == 0, f"exit code {process.returncode}\n{process.stdout}\n{process.stderr}"
+    return Run(folder, process.stdout)
+
+
+class Driver:
+    """A driver that runs beside the test, so that the test can kill what it started."""
+
+    def __init__(self, folder: Path, arguments: Sequence[str | Path], *, cwd: Path) -> None:
+        self.folder = folder
+        self._log = (cwd / f"{folder.name}.log").open("w+")
+        command = [COMMAND, "train", *map(str, arguments), "--run-dir", str(folder)]
+        self._process = subprocess.Popen(
+            command, cwd=cwd, env=environment({}), stdout=self._log, stderr=subprocess.STDOUT, text=True
+        )
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
+        """Waits until a condition holds while the driver lives."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self._process.poll() is None, f"the driver ended first:\n{self._output()}"
+            assert time.monotonic() < deadline, f"nothing happened:\n{self._output()}"
+            time.sleep(0.02)
+
+    def rounds_done(self) -> int:
+        """Returns how many rounds the journal has."""
+        return len(rows(self.folder / "metrics.jsonl"))
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Returns the processes below the driver whose titles begin so."""
+        return [process for process in self._below() if _title(process).startswith(title)]
+
+    def kill(self) -> list[psutil.Process]:
+        """Kills the driver alone, at once. Returns what was below it."""
+        below = self._below()
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+        return below
+
+    def finish(self) -> Run:
+        """Waits for the end."""
+        try:
+            code = self._process.wait(TIMEOUT_S)
+        finally:
+            self._process.kill()
+        output = self._output()
+        self._log.close()
+        assert code == 0, f"exit code {code}\n{output}"
+        return Run(self.folder, output)
+
+    def _below(self) -> list[psutil.Process]:
+        return psutil.Process(self._process.pid).children(recursive=True)
+
+    def _output(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""

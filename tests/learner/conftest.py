@@ -1,0 +1,18 @@
+"""What the tests of the learner share: a small random model on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models import make_tiny_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny Stable Diffusion pipeline that predicts noise."""
+    return str(make_tiny_model(tmp_path_factory.mktemp("tiny") / "model"))

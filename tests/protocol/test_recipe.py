@@ -1,0 +1,438 @@
+"""A recipe is checked before anything starts, and its errors say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from protocol.derived import derived_numbers
+from protocol.errors import ModelError, RecipeError
+from protocol.recipe import Recipe
+from protocol.recipe_file import dump_recipe, load_recipe, parse_recipe
+
+TINY = "recipes/tiny_prdp.yaml"
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    """The smallest PRDP recipe, with top-level keys changed."""
+    whole = {
+        "rounds": 3,
+        "prompts": {"train": "prompts.txt"},
+        "batch": {"num_groups": 8, "group_size": 4},
+        "rewards": [{"name": "digit_alignment"}],
+        "algorithm": {"name": "prdp", "kl_weight": 0.01, "clip_eps": 0.01},
+    }
+    return {**whole, **changes}
+
+
+def prdp(**changes: Any) -> dict[str, Any]:
+    """The algorithm's section, with keys changed."""
+    return {"name": "prdp", "kl_weight": 0.01, "clip_eps": 0.01, **changes}
+
+
+def refusal(changed: dict[str, Any]) -> str:
+    """The message with which a document is refused."""
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(changed, source="mine.yaml")
+    return str(error.value)
+
+
+def load(tmp_path: Path, *overrides: str, **changes: Any) -> Recipe:
+    """Writes a recipe and reads it back with overrides."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(document(**changes)))
+    return load_recipe(file, overrides)
+
+
+def sections(kind: type[BaseModel] = Recipe) -> list[type[BaseModel]]:
+    """A section and all sections below it."""
+    found = [kind]
+    for field in kind.model_fields.values():
+        found += [inner for section in _sections_in(field.annotation) for inner in sections(section)]
+    return found
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for inner in get_args(annotation) for kind in _sections_in(inner)]
+
+
+# Typos.
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "closest", "legal"),
+    [
+        ({"learnr": {}}, "learnr", "learner", ("rewards", "batch", "sampler")),
+        ({"learner": {"learning_rat": 1}}, "learner.learning_rat", "learning_rate", ("zero_stage",)),
+        ({"algorithm": prdp(clip_epz=1)}, "clip_epz", "clip_eps", ("kl_weight", "num_updates")),
+        ({"model": {"trainable": {"form": "lora", "rnk": 4}}}, "rnk", "rank", ("alpha", "targets")),
+        ({"rewards": [{"name": "a", "wieght": 1}]}, "rewards.0.wieght", "weight", ("replicas", "kwargs")),
+    ],
+)
+def test_a_typo_is_refused_with_the_key_the_closest_and_the_legal_ones(
+    changes: dict[str, Any], key: str, closest: str, legal: tuple[str, ...]
+) -> None:
+    message = refusal(document(**changes))
+    assert "mine.yaml" in message
+    assert f"{key}." in message
+    assert f"Did you mean {closest}?" in message
+    for name in (closest, *legal):
+        assert name in message.split("Legal keys here:")[1]
+
+
+def test_a_bare_beta_is_refused() -> None:
+    assert "unknown key algorithm.beta" in refusal(document(algorithm=prdp(beta=0.1)))
+
+
+def test_all_errors_are_told_at_once() -> None:
+    message = refusal(document(rounds=0, batch={"num_groups": 8}, lerner={}))
+    for key in ("rounds", "batch.group_size is missing", "unknown key lerner"):
+        assert key in message
+
+
+def test_a_missing_key_is_named_with_what_it_means() -> None:
+    message = refusal({key: value for key, value in document().items() if key != "rounds"})
+    assert "rounds is missing: Rounds to train" in message
+
+
+def test_an_unknown_algorithm_is_refused_with_the_known_ones() -> None:
+    message = refusal(document(algorithm={"name": "ppo", "kl_weight": 1.0, "clip_eps": None}))
+    assert "'ppo'" in message
+    assert "'prdp'" in message
+
+
+# Numbers that cannot run: what, value, expected.
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch": {"num_groups": 8, "group_size": 1}}, ("batch.group_size: 1", "siblings", "at least 2")),
+        ({"lag": -1}, ("lag:", "Got: -1", "greater than or equal to 0")),
+        ({"algorithm": prdp(kl_weight=0)}, ("algorithm.kl_weight", "Got: 0", "greater than 0")),
+        ({"algorithm": prdp(kl_weight=-2.5)}, ("algorithm.kl_weight", "Got: -2.5", "greater than 0")),
+        ({"algorithm": prdp(kl_weight=float("nan"))}, ("algorithm.kl_weight", "nan")),
+        ({"algorithm": prdp(clip_eps=-1)}, ("algorithm.clip_eps", "Got: -1", "greater than or equal to 0")),
+        (
+            {"algorithm": prdp(num_updates=0)},
+            ("algorithm.num_updates", "Got: 0", "greater than or equal to 1"),
+        ),
+        ({"sampler": {"eta": 0}}, ("eta 0.0", "no step with a density", "eta above 0")),
+        ({"sampler": {"num_steps": 1}}, ("1 steps", "no step with a density", "at least 2 steps")),
+        ({"sampler": {"eta": 1.5}}, ("sampler.eta", "Got: 1.5", "less than or equal to 1")),
+        ({"sampler": {"kernel": "ddpm", "eta": 0.5}}, ("kernel ddpm is eta 1", "kernel ddim")),
+        (
+            {"learner": {"world_size": 3}},
+            ("8 groups do not divide evenly", "learner.world_size", "3 x 1", "a multiple of 3"),
+        ),
+        (
+            {"learner": {"world_size": 2}, "algorithm": prdp(inner_minibatches=3)},
+            ("8 groups do not divide evenly", "algorithm.inner_minibatches", "2 x 3", "a multiple of 6"),
+        ),
+        (
+            {"learner": {"world_size": 2}, "redis": {"num_shards": 3}},
+            ("redis.num_shards: 3", "not a multiple of learner.world_size 2"),
+        ),
+        ({"rewards": []}, ("rewards", "at least 1 item")),
+        ({"rewards": [{"name": "a", "weight": 0}]}, ("every weight is 0", "nothing is trained on")),
+        ({"rewards": [{"name": "a"}, {"name": "./x.py:a"}]}, ("two rewards are called a",)),
+        ({"rewards": [{"name": "mean"}]}, ("mean is a name that metrics use", "rename")),
+        ({"rounds": "many"}, ("rounds", "valid integer", "'many'", "Rounds to train")),
+    ],
+)
+def test_numbers_that_cannot_run_are_refused_with_what_value_and_expected(
+    changes: dict[str, Any], said: tuple[str, ...]
+) -> None:
+    message = refusal(document(**changes))
+    for part in said:
+        assert part in message
+
+
+def test_a_window_may_be_absent_or_zero_but_must_be_chosen() -> None:
+    for clip_eps in (None, 0, 1e-6):
+        assert (
+            parse_recipe(document(algorithm=prdp(clip_eps=clip_eps)), source="").algorithm.clip_eps
+            == clip_eps
+        )
+    without = {key: value for key, value in prdp().items() if key != "clip_eps"}
+    assert "algorithm.clip_eps is missing" in refusal(document(algorithm=without))
+
+
+def test_a_clamped_last_step_counts_as_scored() -> None:
+    one_step = {"num_steps": 1, "last_step": "clamp"}
+    assert parse_recipe(document(sampler=one_step), source="").sampler.num_scored_steps == 1
+
+
+# Files.
+
+
+def test_a_recipe_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml does not exist") as error:
+        load_recipe("nowhere.yaml")
+    assert TINY in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "just words", "", "a: [1,\n", "a: \x00"])
+def test_a_file_that_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"bad\.yaml (has no keys|cannot be read)"):
+        load_recipe(tmp_path / "bad.yaml")
+
+
+# Overrides.
+
+
+def test_overrides_reach_any_depth_and_lists(tmp_path: Path) -> None:
+    recipe = load(
+        tmp_path,
+        "seed=5",
+        "learner.learning_rate=1e-4",
+        "rewards.0.weight=2",
+        "rewards.0.kwargs.size=[1, 2]",
+        "model.trainable={form: full}",
+        "algorithm.clip_eps=null",
+        "redis.url=redis://host:6379/0",
+    )
+    assert recipe.seed == 5
+    assert recipe.learner.learning_rate == 1e-4
+    assert recipe.rewards[0].weight == 2
+    assert recipe.rewards[0].kwargs == {"size": [1, 2]}
+    assert recipe.model.trainable.form == "full"
+    assert recipe.algorithm.clip_eps is None
+    assert recipe.redis.url == "redis://host:6379/0"
+
+
+def test_an_override_changes_nothing_else(tmp_path: Path) -> None:
+    plain, changed = load(tmp_path), load(tmp_path, "sampler.num_steps=7")
+    assert changed == plain.model_copy(update={"sampler": plain.sampler.model_copy(update={"num_steps": 7})})
+
+
+def test_the_later_override_wins(tmp_path: Path) -> None:
+    assert load(tmp_path, "rounds=4", "rounds=9").rounds == 9
+    assert load(tmp_path, "learner={world_size: 2}", "learner.world_size=4").learner.world_size == 4
+
+
+@given(st.floats(1e-12, 1e12))
+def test_numbers_in_exponent_notation_are_numbers(
+    tmp_path_factory: pytest.TempPathFactory, value: float
+) -> None:
+    """YAML 1.1 reads 1e-4, without a dot, as text."""
+    recipe = load(tmp_path_factory.mktemp("recipe"), f"algorithm.kl_weight={value:.0e}")
+    assert recipe.algorithm.kl_weight == float(f"{value:.0e}")
+
+
+@pytest.mark.parametrize("override", ["", "rounds", "=3"])
+def test_an_override_without_key_or_value_is_refused_with_an_example(tmp_path: Path, override: str) -> None:
+    with pytest.raises(RecipeError, match="key.sub=value") as error:
+        load(tmp_path, override)
+    assert "learner.learning_rate=1e-4" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("learnr.learning_rate=1", "Did you mean learner?"),
+        ("learner.learning_rat=1", "Did you mean learning_rate?"),
+        ("rewards.3.weight=1", "a number from 0 to 0"),
+        ("rewards.first.weight=1", "does not name an entry of a list"),
+        ("rounds.a=1", "rounds is not a section"),
+        ("rounds=[1", "not YAML"),
+        ("rounds=", "rounds"),
+    ],
+)
+def test_an_override_that_leads_nowhere_is_refused(tmp_path: Path, override: str, said: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load(tmp_path, override)
+    assert said in str(error.value)
+
+
+# The resolved recipe.
+
+
+def test_a_dumped_recipe_loads_as_an_equal_one(tmp_path: Path) -> None:
+    whole = load_recipe(
+        TINY,
+        [
+            "learner.learning_rate=1e-5",
+            "model.trainable={form: full}",
+            "rewards.0.kwargs={text: 'ä: b', deep: [1, null]}",
+            "rewards.0.resources={rollout: 0.5}",
+            "algorithm.clip_eps=null",
+            "evaluation.rewards=[{name: other}]",
+        ],
+    )
+    for recipe in (load_recipe(TINY), whole):
+        file = tmp_path / "resolved.yaml"
+        file.write_text(dump_recipe(recipe), encoding="utf-8")
+        assert load_recipe(file) == recipe
+        assert dump_recipe(load_recipe(file)) == dump_recipe(recipe)
+
+
+@pytest.mark.parametrize("path", ["rounds", "learner.world_size", "algorithm.kl_weight", "sampler.eta"])
+def test_a_recipe_is_frozen(path: str) -> None:
+    *parents, last = path.split(".")
+    node: Any = load_recipe(TINY)
+    for parent in parents:
+        node = getattr(node, parent)
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(node, last, 1)
+
+
+@pytest.mark.parametrize("kind", sections(), ids=lambda kind: kind.__name__)
+def test_every_field_has_a_description(kind: type[BaseModel]) -> None:
+    assert kind.__doc__
+    assert not [name for name, field in kind.model_fields.items() if not field.description]
+
+
+@pytest.mark.parametrize("kind", sections(), ids=lambda kind: kind.__name__)
+def test_every_section_is_frozen_and_closed(kind: type[BaseModel]) -> None:
+    assert kind.model_config["frozen"]
+    assert kind.model_config["extra"] == "forbid"
+
+
+# What a resumed run may change, and what not.
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "rounds=100",
+        "rollouts=7",
+        "redis.url=redis://elsewhere",
+        "redis.num_shards=4",
+        "redis.claim_idle_s=5",
+        "checkpoints.every_rounds=1",
+        "checkpoints.keep_last=9",
+        "evaluation.seed=1",
+        "evaluation.rewards=[{name: other}]",
+        "supervision.max_restarts=0",
+        "rewards.0.replicas=3",
+        "rewards.0.timeout_s=5",
+        "rewards.0.max_attempts=5",
+        "rewards.0.num_cpus=0.5",
+        "rewards.0.resources={scoring: 1}",
+    ],
+)
+def test_what_weights_do_not_depend_on_is_no_part_of_a_recipes_identity(override: str) -> None:
+    assert load_recipe(TINY, [override]).identity() == load_recipe(TINY).identity()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "lag=1",
+        "model.path=other",
+        "model.trainable={form: lora, rank: 4}",
+        "model.trainable={form: full}",
+        "prompts.train=other.txt",
+        "batch.num_groups=48",
+        "batch.group_size=4",
+        "sampler.kernel=ddpm",
+        "sampler.num_steps=5",
+        "sampler.eta=0.5",
+        "sampler.guidance_scale=2",
+        "sampler.last_step=clamp",
+        "sampler.share_initial_noise=true",
+        "sampler.wire_dtype=float16",
+        "rewards.0.name=other",
+        "rewards.0.weight=2",
+        "rewards.0.kwargs={a: 1}",
+        "rewards.0.threads=2",
+        "rewards.0.num_gpus=1",
+        "algorithm.kl_weight=1",
+        "algorithm.clip_eps=null",
+        "algorithm.num_updates=1",
+        "algorithm.inner_minibatches=2",
+        "algorithm.tie_policy=drop",
+        "algorithm.loss_scale=none",
+        "learner.world_size=1",
+        "learner.zero_stage=2",
+        "learner.precision=bf16",
+        "learner.micro_batch_size=1",
+        "learner.learning_rate=1",
+        "learner.threads=2",
+        "rollout_worker.threads=2",
+        "rollout_worker.num_gpus=1",
+    ],
+)
+def test_what_weights_depend_on_is_part_of_a_recipes_identity(override: str) -> None:
+    assert load_recipe(TINY, [override]).identity() != load_recipe(TINY).identity()
+
+
+# Derived numbers, by hand for the tiny recipe: 24 groups of 8, 10 steps of which 9 are scored, 12 rounds of 4
+# updates, 2 ranks, micro-batches of 64, latents of 4 x 8 x 8 in float32.
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """As much of a model as derived numbers read."""
+    (tmp_path / "model" / "unet").mkdir(parents=True)
+    (tmp_path / "model" / "model_index.json").write_text("{}")
+    (tmp_path / "model" / "unet" / "config.json").write_text('{"sample_size": 8, "in_channels": 4}')
+    (tmp_path / "prompts.txt").write_text("# a comment\na red seven\n\na blue one\n")
+    return tmp_path / "model"
+
+
+def derive(model_folder: Path, *overrides: str) -> dict[str, str]:
+    """The tiny recipe's derived numbers on the given model."""
+    prompts = model_folder.parent / "prompts.txt"
+    return derived_numbers(
+        load_recipe(TINY, [f"model.path={model_folder}", f"prompts.train={prompts}", *overrides])
+    )
+
+
+def test_derived_numbers_are_those_computed_by_hand(model_folder: Path) -> None:
+    group_bytes = 8 * (11 * 256 * 4 + 10 * 8 + 2 * 4)
+    assert derive(model_folder) == {
+        "training prompts": "2",
+        "images and reward queries a round": "192 (24 groups of 8)",
+        "images in all": "2304",
+        "optimizer steps": "48 (4 a round)",
+        "scored steps of a trajectory": "9 of 10",
+        "groups a rank a round": "12",
+        "micro-batches of a pass, a rank": "14",
+        "U-Net forwards to sample a round": "1920",
+        "U-Net forwards to learn a round, at most": f"{192 * 9 * 17}",
+        "versions kept": "1",
+        "latent shape, entries": "(4, 8, 8), 256",
+        "a group on the wire": f"{group_bytes / 2**20:.2f} MiB",
+        "in flight at most": f"{24 * group_bytes / 2**20:.1f} MiB",
+        "beta of the trajectory KL, sum_sum": f"{1e-2 / (256 * 9):.3g}",
+        "window as a mean shift, in sigma an entry": "0.16",
+    }
+
+
+def test_derived_numbers_follow_the_recipe(model_folder: Path) -> None:
+    doubled = derive(model_folder, "lag=1", "sampler.guidance_scale=5", "sampler.last_step=clamp")
+    assert doubled["versions kept"] == "2"
+    assert doubled["U-Net forwards to sample a round"] == "3840"
+    assert doubled["scored steps of a trajectory"] == "10 of 10"
+    assert doubled["U-Net forwards to learn a round, at most"] == f"{192 * 10 * 2 * 17}"
+    summed = derive(model_folder, "algorithm.latent_reduce=latent_sum", "algorithm.time_reduce=time_sum")
+    assert summed["beta of the trajectory KL, sum_sum"] == "0.01"
+    assert "window as a mean shift, in sigma an entry" not in derive(model_folder, "algorithm.clip_eps=null")
+
+
+def test_equal_windows_in_other_reductions_are_the_same_mean_shift(model_folder: Path) -> None:
+    name = "window as a mean shift, in sigma an entry"
+    summed = derive(model_folder, "algorithm.latent_reduce=latent_sum", "algorithm.clip_eps=2.56")
+    assert summed[name] == derive(model_folder, "algorithm.clip_eps=0.01")[name]
+
+
+def test_a_model_of_the_hub_is_not_looked_up(model_folder: Path) -> None:
+    numbers = derive(model_folder, "model.path=CompVis/stable-diffusion-v1-4")
+    assert numbers["latent shape"] == "known once CompVis/stable-diffusion-v1-4 is on disk"
+
+
+def test_a_missing_prompt_file_is_refused_with_its_name() -> None:
+    with pytest.raises(ModelError, match=r"nothing\.txt does not exist"):
+        derived_numbers(load_recipe(TINY, ["prompts.train=nothing.txt"]))

