@@ -14,8 +14,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ("protocol", "diffusion", "rewards", "actors", "learner", "cluster")
 
-__version__ = "0.1.0"
-
 
 def claim_packages() -> None:
     """Puts our root first on `sys.path`. Raises ImportError where another module already has one of our names."""

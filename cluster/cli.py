@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from protocol.errors import SfumatoError
+from protocol import __version__
+from protocol.errors import RecipeError, SfumatoError
 
 if TYPE_CHECKING:
     from protocol.recipe import Recipe
@@ -27,13 +28,17 @@ def run_command_line(arguments: Sequence[str]) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except SfumatoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_OURS
+        return _tell(error, f"error: {error}", EXIT_OURS, options)
     except Exception as error:
-        print(f"unexpected error: {type(error).__name__}: {error}\n(--debug shows where)", file=sys.stderr)
-        code = EXIT_UNEXPECTED
+        return _tell(error, f"unexpected error: {type(error).__name__}: {error}", EXIT_UNEXPECTED, options)
+
+
+def _tell(error: Exception, message: str, code: int, options: argparse.Namespace) -> int:
+    print(message, file=sys.stderr)
     if options.debug:
-        traceback.print_exc()
+        traceback.print_exception(error)
+    elif code == EXIT_UNEXPECTED:
+        print("(--debug shows where)", file=sys.stderr)
     return code
 
 
@@ -54,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="sfumato",
         description="Fine-tune text-to-image diffusion models with rewards and self-play, on a cluster or a laptop.",
     )
+    parser.add_argument("--version", action="version", version=f"sfumato {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_train, _add_evaluate, _add_sample, _add_digest):
         command = add(commands)
@@ -108,9 +114,12 @@ def _train(options: argparse.Namespace) -> None:
     from protocol.derived import check_before_start
     from protocol.errors import RunDirError
     from protocol.recipe_file import load_recipe
+    from rewards.loading import check_exists
 
     recipe = load_recipe(options.recipe, options.overrides)
     check_before_start(recipe)
+    for reward in (*recipe.rewards, *recipe.evaluation.rewards):
+        check_exists(reward.name)
     _print_derived(recipe)
     if options.dry_run:
         return
@@ -148,6 +157,9 @@ def _start(recipe: Recipe, options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    folder = options.json and options.json.absolute().parent
+    if folder and not folder.is_dir():
+        raise RecipeError(f"the folder {folder} of --json does not exist", do="make it, or correct --json")
     from cluster.evaluate import evaluate_run, print_table, write_json
 
     result = evaluate_run(options.run, options.prompts)

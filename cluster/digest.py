@@ -27,7 +27,9 @@ def digest_of(run_dir: Path, version: int | None) -> tuple[int, str]:
 
 def _digests(ledger: Path) -> dict[int, str]:
     digests: dict[int, str] = {}
-    for line in ledger.read_text().splitlines() if ledger.exists() else []:
+    for line in ledger.read_text().splitlines(keepends=True) if ledger.exists() else []:
+        if not line.endswith("\n"):
+            break  # A run in progress is just writing it, or a crash cut it short.
         row = json.loads(line)
         digests[row["version"]] = row["digest"]
         digests[row["published_version"]] = row["published_digest"]

@@ -17,13 +17,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.scoring import RewardPool, Scorer
 from cluster.weight_store import StoreClient, WeightStore
-from protocol.errors import RecipeError
+from protocol.errors import RecipeError, RedisError
 from protocol.recipe import Placement, Recipe, Reward
 from protocol.stream import Streams, connect
 from protocol.tickets import Ticket, TicketPlan
 
 ROLE_RESTARTS = 10
 """How often Ray restarts a weight store or a reward actor: they hold nothing that cannot be had again."""
+
+
+FETCH_EVERY_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,10 @@ class RolloutProcess:
 
     def _fetch(self, ticket: Ticket) -> bytes:
         """Waits until the store has the ticket's weights: a restarted store is filled again by the learner."""
-        while not self._stopping.is_set():
-            data = self._store.fetch(ticket.weights_digest)
-            if data is not None:
-                return data
-            self._stopping.wait(0.2)
-        raise SystemExit
+        while (data := self._store.fetch(ticket.weights_digest)) is None:
+            if self._stopping.wait(FETCH_EVERY_S):
+                raise RedisError(f"the run ends before version {ticket.version} came")
+        return data
 
 
 class LearnerProcess:

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from cluster.driver import Show, Status
+from cluster.attempt import Show, Status
 from protocol.recipe import Recipe
 
 BARS = "▁▂▃▄▅▆▇█"

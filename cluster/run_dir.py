@@ -39,7 +39,7 @@ class RunDir:
             _refuse_other_recipe(self.path, recipe)
         else:
             _refuse_taken(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        _make(self.path)
         self._lock = _lock(self.path)
         before = _read_run(self.path) if resume else None
         self.run_id: str = before["run_id"] if before else uuid.uuid4().hex[:12]
@@ -79,6 +79,15 @@ def read_recipe(run_dir: Path) -> Recipe:
 def _read_run(path: Path) -> dict[str, Any]:
     run: dict[str, Any] = json.loads((path / "run.json").read_text())
     return run
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirError(
+            f"the run directory cannot be made: {error.strerror}", value=str(path), do="give another --run-dir"
+        ) from error
 
 
 def _refuse_ray_session(path: Path) -> None:

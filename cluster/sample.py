@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from actors.evaluator import draw_images
 from cluster.run_dir import read_recipe
@@ -34,14 +35,22 @@ def sample_to_file(
     if not out.absolute().parent.is_dir():
         raise RecipeError("the folder of --out does not exist", value=str(out), do="make it, or correct --out")
     policy, sampler = _load_run(Path(source)) if (Path(source) / "run.json").is_file() else _load_model(source)
-    changes = {"num_steps": num_steps, "guidance_scale": guidance_scale}
-    settings = sampler.model_dump() | {name: value for name, value in changes.items() if value is not None}
-    images = draw_images(Chain(policy, Sampler.model_validate(settings)), prompt, num_images, seed)
+    changes: dict[str, float | None] = {"num_steps": num_steps, "guidance_scale": guidance_scale}
+    images = draw_images(Chain(policy, _changed(sampler, changes)), prompt, num_images, seed)
     height, width = images.shape[1:3]
     picture = Image.new("RGB", (num_images * width, height))
     for number, image in enumerate(images):
         picture.paste(Image.fromarray(image), (number * width, 0))
     picture.save(out, format="PNG")
+
+
+def _changed(sampler: Sampler, changes: dict[str, float | None]) -> Sampler:
+    given = {name: value for name, value in changes.items() if value is not None}
+    try:
+        return Sampler.model_validate(sampler.model_dump() | given)
+    except ValidationError as error:
+        reasons = "; ".join(f"--{str(part['loc'][0]).replace('_', '-')}: {part['msg']}" for part in error.errors())
+        raise RecipeError(f"images cannot be drawn so: {reasons}", value=given) from None
 
 
 def _load_run(run_dir: Path) -> tuple[Policy, Sampler]:

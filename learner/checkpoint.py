@@ -75,11 +75,12 @@ def commit(folder: Path, meta: Meta, versions: dict[int, bytes], keep_last: int)
     for path in [*folder.rglob("*"), folder]:
         _flush(path)
     final = folder.parent / f"{PREFIX}{meta.round:06d}"
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        _remove(final)
     folder.rename(final)
     _flush(final.parent)
     for old in sorted(final.parent.glob(f"{PREFIX}*"))[:-keep_last]:
-        shutil.rmtree(old)
+        _remove(old)
     return Checkpoint(final, meta)
 
 
@@ -94,6 +95,14 @@ def check_fits(meta: Meta, *, world_size: int, zero_stage: int, precision: str) 
         expected=str(made_with),
         do="resume with the values that the run was started with",
     )
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes the name away first: half a checkpoint must never look like one."""
+    doomed = checkpoint.with_name(f".tmp-old-{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _flush(path: Path) -> None:

@@ -34,6 +34,8 @@ class Engine:
         import deepspeed
 
         _silence_deepspeed()
+        # A shared-memory collective that only inference uses; left on, it wants a C++ compiler at first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
         self._settings, self._device = settings, device

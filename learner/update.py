@@ -95,6 +95,7 @@ class Updater:
         total, omega, metrics = differentiate(loss, now)
         self._refuse_non_finite(now, omega)
         norm = self._descend(batch, omega)
+        self._refuse_non_finite(torch.tensor(norm or 0.0), omega)
         report.skipped += norm is None
         report.grad_norm.append(norm or 0.0)
         report.loss.append(float(self._engine.sum(total)))
@@ -170,12 +171,12 @@ class Updater:
         total, count = self._engine.sum(torch.stack([rho_PG.sum(), rho_PG.new_tensor(rho_PG.numel())]))
         return float(total / count)
 
-    def _refuse_non_finite(self, now_PGT: Tensor, omega: Tensor) -> None:
-        broken = ~(torch.isfinite(now_PGT).all() & torch.isfinite(omega).all())
+    def _refuse_non_finite(self, values: Tensor, omega: Tensor) -> None:
+        broken = ~(torch.isfinite(values).all() & torch.isfinite(omega).all())
         if bool(self._engine.max(broken.float())):
             raise TrainingError(
-                "a log-probability or its gradient is NaN or infinite under the current weights",
-                expected="finite numbers; the weights stay at the last published version",
+                "a log-probability or a gradient is NaN or infinite under the current weights",
+                expected="finite numbers; nothing of this round is published or kept",
                 do="lower learner.learning_rate, or set algorithm.clip_eps, and resume from the last checkpoint",
             )
 

@@ -1,0 +1,3 @@
+"""What crosses a process boundary. Imports no torch, no ray, no diffusers."""
+
+__version__ = "0.1.0"

@@ -56,6 +56,15 @@ def build(spec: str, kwargs: Mapping[str, Any]) -> ScoreFunction:
     return score
 
 
+def check_exists(spec: str) -> None:
+    """Raises RewardError for a built-in name or a file that is not there, without importing anything."""
+    path, separator, _ = spec.rpartition(":")
+    if separator and path.endswith(".py"):
+        _file(spec, path)
+    elif not separator and "." not in spec:
+        _check_builtin(spec)
+
+
 def resolve(spec: str) -> Callable[..., Any]:
     """Returns the class or function that a spec names. Raises RewardError saying what to do."""
     path, separator, name = spec.rpartition(":")
@@ -70,6 +79,12 @@ def resolve(spec: str) -> Callable[..., Any]:
 
 
 def _builtin(name: str) -> Callable[..., Any]:
+    _check_builtin(name)
+    class_name = "".join(part.capitalize() for part in name.split("_"))
+    return _attribute(importlib.import_module(f"rewards.{name}"), class_name, name)
+
+
+def _check_builtin(name: str) -> None:
     names = builtin_names()
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
@@ -78,12 +93,9 @@ def _builtin(name: str) -> Callable[..., Any]:
             value=name,
             expected=f"one of {', '.join(names)}; or ./file.py:Name; or package.module:Name",
         )
-    class_name = "".join(part.capitalize() for part in name.split("_"))
-    return _attribute(importlib.import_module(f"rewards.{name}"), class_name, name)
 
 
-def _load_file(spec: str, path: str) -> ModuleType:
-    """Loads a file under a private name: a user's rewards.py must not become our package, nor hide it."""
+def _file(spec: str, path: str) -> Path:
     file = Path(path).expanduser().absolute()
     if not file.is_file():
         raise RewardError(
@@ -91,6 +103,12 @@ def _load_file(spec: str, path: str) -> ModuleType:
             value=spec,
             expected=f"a path relative to {Path.cwd()}, or an absolute one",
         )
+    return file
+
+
+def _load_file(spec: str, path: str) -> ModuleType:
+    """Loads a file under a private name: a user's rewards.py must not become our package, nor hide it."""
+    file = _file(spec, path)
     private_name = f"_sfumato_reward_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     if private_name in sys.modules:
         return sys.modules[private_name]

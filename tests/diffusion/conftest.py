@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -19,6 +17,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_velocity_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_velocity_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same networks, said to predict v."""
-    return make_tiny_model(tmp_path_factory.mktemp("tiny_v") / "model", prediction_type="v_prediction")
+    folder = tmp_path_factory.mktemp("tiny_v") / "model"
+    return str(make_tiny_model(folder, prediction_type="v_prediction"))

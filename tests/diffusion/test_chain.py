@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from diffusion.chain import Chain, Trajectories
-from diffusion.noise import initial_noise
+from diffusion.noise import initial_noise, step_noise
 from diffusion.policy import Policy
 from learner.batching import items_where
 from learner.parity import TOLERANCE_WITHOUT_WINDOW
@@ -55,10 +55,9 @@ def equal(first: Trajectories, second: Trajectories) -> bool:
     )
 
 
-@pytest.mark.parametrize("kernel", ["ddim", "ddpm"])
+@pytest.mark.parametrize(("kernel", "last_step"), [("ddim", "unscored"), ("ddpm", "clamp")])
 @pytest.mark.parametrize("wire_dtype", ["float32", "float16"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-@pytest.mark.parametrize("last_step", ["unscored", "clamp"])
 def test_replaying_a_group_in_the_samplers_batches_gives_the_same_bits(
     tiny_model: str, kernel: str, wire_dtype: str, guidance_scale: float, last_step: str
 ) -> None:
@@ -91,6 +90,24 @@ def test_trajectories_start_at_the_seeds_noise_and_say_what_they_are(tiny_model:
         assert drawn.scored_T.tolist() == [True, True, True, False]
         assert (drawn.log_prob_GT[:, -1] == 0).all()
         assert (drawn.log_prob_GT[:, :-1] != 0).all()
+
+
+def test_every_step_is_driven_by_the_noise_of_its_own_key(tiny_model: str) -> None:
+    chain = make_chain(tiny_model, last_step="clamp")
+    shape_CHW = chain.policy.latent_shape_CHW
+    states = chain.sample(PROMPT, SEEDS).latents_GSCHW.unbind(1)
+    for step in range(len(chain.schedule)):
+        step_N = torch.full((len(SEEDS),), step)
+        with torch.no_grad():
+            scored = chain.step(
+                chain.policy.unet,
+                states[step],
+                step_N,
+                chain.policy.embed_all([PROMPT] * len(SEEDS)),
+                next_state_NCHW=states[step + 1],
+            )
+        noise = (states[step + 1] - scored.mean_NCHW) / scored.sigma_N.view(-1, 1, 1, 1).float()
+        torch.testing.assert_close(noise, step_noise(SEEDS, step, shape_CHW), rtol=1e-3, atol=1e-3)
 
 
 def test_siblings_that_share_initial_noise_part_at_the_first_step(tiny_model: str) -> None:
@@ -148,7 +165,7 @@ def test_the_deterministic_chain_is_the_diffusers_pipeline(tiny_model: str, guid
 
 
 def test_the_velocity_model_samples_what_its_outputs_mean(tiny_velocity_model: str) -> None:
-    chain = make_chain(str(tiny_velocity_model), trained=False, num_steps=6, eta=0.0, last_step="clamp")
+    chain = make_chain(tiny_velocity_model, trained=False, num_steps=6, eta=0.0, last_step="clamp")
     drawn = chain.sample(PROMPT, SEEDS)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_velocity_model)
     pipeline.set_progress_bar_config(disable=True)
@@ -166,9 +183,9 @@ def test_chains_of_equal_settings_have_equal_descriptions(tiny_model: str) -> No
     assert make_chain(tiny_model).description == make_chain(tiny_model, trained=False).description
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_the_description_changes_with_every_setting(tiny_model: str) -> None:
+    chain = make_chain(tiny_model)
+    changes: list[dict[str, Any]] = [
         {"kernel": "ddpm"},
         {"num_steps": 5},
         {"eta": 0.5},
@@ -176,14 +193,14 @@ def test_chains_of_equal_settings_have_equal_descriptions(tiny_model: str) -> No
         {"last_step": "clamp"},
         {"share_initial_noise": True},
         {"wire_dtype": "float16"},
-    ],
-)
-def test_the_description_changes_with_every_setting(tiny_model: str, change: dict[str, Any]) -> None:
-    assert make_chain(tiny_model, **change).description != make_chain(tiny_model).description
+    ]
+    changed = [Chain(chain.policy, Sampler(**{"num_steps": 4, **change})) for change in changes]
+    assert len({chain.description, *(other.description for other in changed)}) == len(changes) + 1
+    assert {name for change in changes for name in change} == set(Sampler.model_fields)
 
 
 def test_the_description_changes_with_the_prediction_type(tiny_model: str, tiny_velocity_model: str) -> None:
-    assert make_chain(tiny_model).description != make_chain(str(tiny_velocity_model)).description
+    assert make_chain(tiny_model).description != make_chain(tiny_velocity_model).description
 
 
 def test_sampling_is_the_same_on_arrays_that_crossed_the_wire(tiny_model: str) -> None:

@@ -272,10 +272,10 @@ def test_half_precision_policy_and_reference_share_their_dtype(tiny_model: str) 
 
 
 def test_the_prediction_type_and_schedule_are_the_models_own(
-    tiny_model: str, tiny_velocity_model: Path
+    tiny_model: str, tiny_velocity_model: str
 ) -> None:
     assert load(tiny_model).prediction_type == "epsilon"
-    velocity = load(str(tiny_velocity_model))
+    velocity = load(tiny_velocity_model)
     assert velocity.prediction_type == "v_prediction"
     assert velocity.schedule(Sampler(num_steps=5)).timestep_N.tolist() == [801, 601, 401, 201, 1]
 

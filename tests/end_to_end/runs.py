@@ -19,7 +19,7 @@ from diffusion.weights import unpack
 from learner.checkpoint import latest_checkpoint
 
 COMMAND = str(Path(sys.executable).with_name("sfumato"))
-TIMEOUT_S = 180.0
+TIMEOUT_S = 300.0
 
 
 def environment(extra: Mapping[str, str]) -> dict[str, str]:

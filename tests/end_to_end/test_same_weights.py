@@ -21,7 +21,9 @@ OVERRUN = "raise RuntimeError('a module of the user hides one of ours')\n"
 
 
 @pytest.mark.parametrize("settings", [("lag=0",), ("lag=0", TWO_RANKS), UNBROKEN], ids=" ".join)
-def test_one_and_two_rollout_actors_end_with_equal_digests(train: Callable[..., Run], settings: tuple[str, ...]) -> None:
+def test_one_and_two_rollout_actors_end_with_equal_digests(
+    train: Callable[..., Run], settings: tuple[str, ...]
+) -> None:
     two = train(*settings, "rollouts=2")
     assert two.digests == train(*settings).digests
     assert len({worker for row in two.ledger for worker in row["workers"]}) == 2

@@ -231,7 +231,7 @@ def test_numbers_in_exponent_notation_are_numbers(
 
 @pytest.mark.parametrize("override", ["", "rounds", "=3"])
 def test_an_override_without_key_or_value_is_refused_with_an_example(tmp_path: Path, override: str) -> None:
-    with pytest.raises(RecipeError, match="key.sub=value") as error:
+    with pytest.raises(RecipeError, match=r"key\.sub=value") as error:
         load(tmp_path, override)
     assert "learner.learning_rate=1e-4" in str(error.value)
 

@@ -1,0 +1,119 @@
+"""The journal has each round once, whatever was cut short, and says what the receipts say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from learner.collect import Counts
+from learner.journal import Journal, ledger_row, metrics_row
+from learner.receipts import Receipt
+from learner.update import UpdateReport
+
+FILES = ("metrics.jsonl", "ledger.jsonl")
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_rounds(run_dir: Path, first: int, last: int) -> None:
+    journal = Journal(run_dir, first_round=first)
+    for round_ in range(first, last):
+        journal.write({"round": round_, "kind": "metrics"}, {"round": round_, "kind": "ledger"})
+
+
+def test_a_new_run_begins_with_empty_files(tmp_path: Path) -> None:
+    Journal(tmp_path, first_round=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_file_gets_its_own_line_a_round(tmp_path: Path) -> None:
+    write_rounds(tmp_path, 0, 3)
+    assert lines(tmp_path / "metrics.jsonl") == [{"round": r, "kind": "metrics"} for r in range(3)]
+    assert lines(tmp_path / "ledger.jsonl") == [{"round": r, "kind": "ledger"} for r in range(3)]
+
+
+@pytest.mark.parametrize("resumed_at", [0, 1, 3, 5])
+def test_a_resumed_run_writes_the_rounds_after_its_checkpoint_again(tmp_path: Path, resumed_at: int) -> None:
+    write_rounds(tmp_path, 0, 5)
+    write_rounds(tmp_path, resumed_at, 6)
+    for name in FILES:
+        assert [row["round"] for row in lines(tmp_path / name)] == list(range(6))
+
+
+@pytest.mark.parametrize("torn_at", [1, 10, 20])
+def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path: Path, torn_at: int) -> None:
+    write_rounds(tmp_path, 0, 4)
+    for name in FILES:
+        whole = (tmp_path / name).read_text().splitlines(keepends=True)
+        (tmp_path / name).write_text("".join(whole[:3]) + whole[3][:torn_at])
+    write_rounds(tmp_path, 3, 5)
+    for name in FILES:
+        assert [row["round"] for row in lines(tmp_path / name)] == list(range(5))
+
+
+def receipt(index: int, *, worker: str = "0@host", version: int = 2) -> Receipt:
+    rewards = (1.0 * index, 2.0 * index + 1)
+    return Receipt(
+        ticket_id=f"000003-{index:04d}",
+        version=version,
+        weights_digest="aa",
+        checksum=f"sum{index}",
+        worker=worker,
+        fingerprint='{"device":"cpu"}',
+        rollout_s=0.5,
+        reward_s=0.1,
+        rewards={"mean": rewards, "sharp": tuple(reward / 2 for reward in rewards)},
+    )
+
+
+def test_the_ledger_says_which_groups_a_round_consumed_and_who_made_them() -> None:
+    row = ledger_row(3, [receipt(0), receipt(1, worker="1@other"), receipt(2)], "bb")
+    assert row["tickets"] == ["000003-0000", "000003-0001", "000003-0002"]
+    assert row["checksums"] == ["sum0", "sum1", "sum2"]
+    assert row["workers"] == {"0@host": 2, "1@other": 1}
+    assert (row["version"], row["digest"]) == (2, "aa")
+    assert (row["published_version"], row["published_digest"]) == (4, "bb")
+
+
+def test_a_round_of_two_versions_is_a_defect_of_ours() -> None:
+    with pytest.raises(AssertionError, match="one version"):
+        ledger_row(3, [receipt(0), receipt(1, version=3)], "bb")
+
+
+def metrics(**changes: Any) -> dict[str, Any]:
+    details = [{"prdp/saturated_fraction": 0.0}, {"prdp/saturated_fraction": 0.5}]
+    settings: dict[str, Any] = {
+        "round_": 3,
+        "step": 8,
+        "on_policy": True,
+        "receipts": [receipt(0), receipt(1)],
+        "report": UpdateReport(0.25, 1e-7, False, loss=[1.0, 3.0], grad_norm=[0.5, 1.5], details=details),
+        "counts": Counts(duplicate=1, reissued=2, dead_letter=3, stale=4),
+        "skipped_updates": 0,
+        "times": {"learner_s": 2.0},
+        "costs": {"unet_forward": 7},
+    }
+    return metrics_row(**(settings | changes))
+
+
+def test_means_are_over_optimizer_steps_and_over_all_images() -> None:
+    row = metrics()
+    assert (row["loss"], row["grad_norm"], row["clip_fraction"]) == (2.0, 1.0, 0.25)
+    # Rewards of the groups: (0, 1) and (1, 3).
+    assert row["reward/mean"] == 1.25
+    assert row["reward/sharp"] == 0.625
+    assert row["reward/std_within_group"] == 0.75
+    assert row["reward/std_between_groups"] == 0.75
+    assert [row[f"groups/{name}"] for name in ("duplicate", "reissued", "dead_letter", "stale")] == [1, 2, 3, 4]
+    assert (row["time/learner_s"], row["cost/unet_forward"], row["parity/max_abs"]) == (2.0, 7, 1e-7)
+
+
+def test_an_estimate_of_the_kl_is_called_one_only_on_policy() -> None:
+    on, off = metrics(), metrics(on_policy=False)
+    assert (on["kl"], on["kl_off_policy"]) == (0.25, None)
+    assert (off["kl"], off["kl_off_policy"]) == (None, 0.25)
