@@ -250,7 +250,8 @@ def start_learners(recipe: Recipe) -> tuple[list[Any], PlacementGroup]:
     remote = ray.remote(LearnerProcess)
     ranks = [
         remote.options(
-            **_options(learner),
+            # DeepSpeed chooses once, when it is first imported.
+            **_options(learner, DS_ACCELERATOR=device_of(learner)),
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
         ).remote()
         for rank in range(learner.world_size)
@@ -266,10 +267,10 @@ def stop_actors(actors: Sequence[Any], group: PlacementGroup | None) -> None:
         remove_placement_group(group)
 
 
-def _options(placement: Placement) -> dict[str, Any]:
+def _options(placement: Placement, **env_vars: str) -> dict[str, Any]:
     return {
         "num_cpus": placement.num_cpus,
         "num_gpus": placement.num_gpus,
         "resources": placement.resources,
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(placement.threads)}},
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(placement.threads), **env_vars}},
     }

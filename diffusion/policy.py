@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import numpy as np
@@ -32,6 +32,9 @@ from protocol.seeds import Purpose, derive_seed
 # Every process of a run loads the model; their progress bars would bury the run's own.
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
+
+MAX_CACHED_EMBEDDINGS = 2048
+"""Some 0.5 GB for Stable Diffusion 1.x; far more prompts than a round has."""
 
 Denoiser = Callable[..., Any]
 """A U-Net, or an engine that wraps it: called as denoiser(states, timesteps, encoder_hidden_states=...)."""
@@ -57,8 +60,9 @@ class Policy:
         """Loads a folder or hub id. `seed` fixes the adapters' initial weights. Raises ModelError."""
         self.source, self.dtype, self.device = source, dtype, torch.device(device)
         self.trainable = trainable
-        self.tokenizer = _load(CLIPTokenizer, source, "tokenizer")
         self.text_encoder = self._frozen(_load(CLIPTextModel, source, "text_encoder", dtype=dtype))
+        self.tokenizer = _load(CLIPTokenizer, source, "tokenizer")
+        _check_tokenizer(self.tokenizer, self.text_encoder.config, source)
         self.unet: UNet2DConditionModel = self._frozen(_load(UNet2DConditionModel, source, "unet", torch_dtype=dtype))
         self.vae: AutoencoderKL | None = None
         if with_decoder:
@@ -85,20 +89,34 @@ class Policy:
     def latent_shape_CHW(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent."""
         config = self.unet.config
-        return config.in_channels, config.sample_size, config.sample_size
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return config.in_channels, height, width
 
     @property
     def prediction_type(self) -> PredictionType:
         """What the network's output stands for."""
-        kind: PredictionType = self._scheduler.config.prediction_type
-        return kind
+        kind = self._scheduler.config.prediction_type
+        if kind not in get_args(PredictionType):
+            raise ModelError(
+                "the base model predicts something unknown", value=kind, expected=f"one of {get_args(PredictionType)}"
+            )
+        known: PredictionType = kind
+        return known
 
     def schedule(self, sampler: Sampler) -> StepConstants:
-        """Returns the constants of a sampler's T steps on this model's noise schedule."""
+        """Returns the constants of a sampler's T steps on this model's noise schedule. Raises ModelError."""
         self._scheduler.set_timesteps(sampler.num_steps)
+        timesteps_T = self._scheduler.timesteps.cpu()
+        if sampler.last_step == "clamp" and timesteps_T[-1] == 0:
+            raise ModelError(
+                "sampler.last_step: clamp stops at timestep 0, but this model's last step starts there",
+                value=timesteps_T.tolist(),
+                do="set sampler.last_step: unscored, or give the model's scheduler steps_offset 1",
+            )
         return make_schedule(
             self._scheduler.alphas_cumprod,
-            self._scheduler.timesteps.cpu(),
+            timesteps_T,
             kernel=sampler.kernel,
             eta=sampler.eta,
             last_step=sampler.last_step,
@@ -108,6 +126,8 @@ class Policy:
     def embed(self, prompt: str) -> Tensor:
         """Returns a prompt's text embedding, (L, E), from a cache. Each prompt is encoded by itself."""
         if prompt not in self._embeddings:
+            if len(self._embeddings) >= MAX_CACHED_EMBEDDINGS:
+                self._embeddings.pop(next(iter(self._embeddings)))
             tokens = self.tokenizer(
                 prompt,
                 padding="max_length",
@@ -196,7 +216,11 @@ class Policy:
             self.unet.save_pretrained(folder / "unet")
             return
         layers = {name: t.detach().cpu().float() for name, t in get_peft_model_state_dict(self.unet).items()}
-        StableDiffusionPipeline.save_lora_weights(str(folder), unet_lora_layers=layers)
+        # Without its metadata a reader would take alpha to be the rank.
+        metadata = self.unet.peft_config["default"].to_dict()
+        StableDiffusionPipeline.save_lora_weights(
+            str(folder), unet_lora_layers=layers, unet_lora_adapter_metadata=metadata
+        )
 
     def _frozen(self, network: Any) -> Any:
         return network.to(self.device).eval().requires_grad_(False)
@@ -211,6 +235,17 @@ class Policy:
         for parameter in self.unet.parameters():
             parameter.data = parameter.data.to(self.device, self.dtype)
         self.unet.eval()
+
+
+def _check_tokenizer(tokenizer: CLIPTokenizer, config: Any, source: str) -> None:
+    """transformers makes an empty tokenizer of a folder without its files, and says nothing."""
+    if tokenizer.model_max_length > config.max_position_embeddings or len(tokenizer) > config.vocab_size:
+        raise ModelError(
+            "the tokenizer of the base model is missing or does not belong to its text encoder",
+            value=f"{len(tokenizer)} words, at most {tokenizer.model_max_length} tokens in {source}",
+            expected=f"at most {config.vocab_size} words and {config.max_position_embeddings} tokens",
+            do="check the model's tokenizer folder",
+        )
 
 
 def _lora_config(lora: Lora) -> LoraConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,14 +22,11 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 class Engine:
     """One rank of the gang: wraps a module whose trainable parameters have requires_grad set.
 
-    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are in the environment. `denoiser` is what forward
-    passes must go through, so that ZeRO-3 can gather parameters.
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT and DS_ACCELERATOR are in the environment. `denoiser` is
+    what forward passes must go through, so that ZeRO-3 can gather parameters.
     """
 
     def __init__(self, module: nn.Module, settings: Learner, device: torch.device) -> None:
-        # Chosen before the import: DeepSpeed picks its accelerator once, when it is first imported.
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
-        os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
         import deepspeed
 
         _silence_deepspeed()

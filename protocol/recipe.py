@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -34,7 +35,14 @@ class Lora(Section):
     """Rank of each adapter."""
     alpha: PositiveFloat = 8.0
     """Adapter scale; the update is multiplied by alpha / rank."""
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "ff.net.0.proj",
+        "ff.net.2",
+    )
     """Endings of the names of the modules that get an adapter."""
 
 
@@ -45,12 +53,19 @@ class Full(Section):
     """Training form."""
 
 
+def _training_form(value: Any) -> Any:
+    """The form of a `model.trainable`, which is lora where it does not say."""
+    return value.get("form", "lora") if isinstance(value, dict) else getattr(value, "form", None)
+
+
 class Model(Section):
     """The base model and what of it is trained."""
 
     path: str = "embedded"
     """A folder in diffusers layout, a hub id, or `embedded` for the digits model in assets/."""
-    trainable: Annotated[Lora | Full, Field(discriminator="form")] = Lora()
+    trainable: Annotated[Annotated[Lora, Tag("lora")] | Annotated[Full, Tag("full")], Discriminator(_training_form)] = (
+        Lora()
+    )
     """LoRA adapters or the full U-Net."""
 
 
@@ -197,7 +212,7 @@ class Learner(Placement):
     """AdamW's learning rate, constant."""
     weight_decay: NonNegativeFloat = 1e-4
     """AdamW's decoupled weight decay."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's moment decays."""
     adam_eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
@@ -347,9 +362,19 @@ class Recipe(Section):
 
     def identity(self) -> dict[str, Any]:
         """The part of the recipe that weights depend on: what a resumed run may not change."""
-        free = {"rounds", "rollouts", "redis", "checkpoints", "evaluation", "supervision"}
-        whole = self.model_dump(mode="json", exclude=free)
-        for reward in whole["rewards"]:
-            for key in ("replicas", "timeout_s", "max_attempts", "num_cpus", "resources"):
-                del reward[key]
-        return whole
+        place = {"num_cpus", "resources"}
+        return self.model_dump(
+            mode="json",
+            exclude={
+                "rounds": True,
+                "rollouts": True,
+                "redis": True,
+                "checkpoints": True,
+                "evaluation": True,
+                "supervision": True,
+                "prompts": {"held_out"},
+                "learner": {*place, "num_parity_probes", "parity_tolerance"},
+                "rollout_worker": place,
+                "rewards": {"__all__": {*place, "replicas", "timeout_s", "max_attempts"}},
+            },
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +14,22 @@ from pydantic import BaseModel, ValidationError
 from protocol.errors import RecipeError
 from protocol.paths import ROOT
 from protocol.recipe import Recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number (as in YAML 1.2) and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -43,7 +60,7 @@ def dump_recipe(recipe: Recipe) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     file = path if path.is_file() else ROOT / path
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+        document = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise RecipeError(
             f"the recipe {path} does not exist",
@@ -72,13 +89,15 @@ def _apply(document: dict[str, Any], override: str) -> None:
             do="check the spelling and quote the whole if it has spaces",
         )
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"the value of override {dotted} is not YAML: {error}", value=text) from None
     *parents, last = dotted.split(".")
     node: Any = document
     for key in parents:
         node = _descend(node, key, dotted)
+        if not isinstance(node, dict | list):
+            raise RecipeError(f"override {dotted}: {key} is not a section", value=node)
     _assign(node, last, value, dotted)
 
 
@@ -87,8 +106,6 @@ def _descend(node: Any, key: str, dotted: str) -> Any:
         return node[_list_index(node, key, dotted)]
     if node.get(key) is None:
         node[key] = {}
-    if not isinstance(node[key], dict | list):
-        raise RecipeError(f"override {dotted}: {key} is not a section", value=node[key])
     return node[key]
 
 

@@ -23,7 +23,9 @@ def check_scores(name: str, scores: Any, prompts: Sequence[str]) -> np.ndarray:
     """Returns scores as fp32 (N,). Raises RewardError, naming reward and prompt, unless they are N finite numbers."""
     about = f"reward {name}, on the prompt {prompts[0]!r}," if prompts else f"reward {name}"
     try:
-        array = np.asarray(_to_cpu(scores), dtype=np.float32)
+        # A score too large for fp32 becomes infinite, which is refused below by name.
+        with np.errstate(over="ignore"):
+            array = np.asarray(_to_cpu(scores), dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise RewardError(
             f"{about} did not return numbers: {error}", value=type(scores).__name__, expected="one float an image"

@@ -136,7 +136,7 @@ class DigitAlignment:
 
 
 def load_classifier(path: Path) -> DigitClassifier:
-    """The trained classifier, ready to judge. Raises RewardError where the file is missing."""
+    """The trained classifier, ready to judge. Raises RewardError where the file is missing or torn."""
     if not path.is_file():
         raise RewardError(
             "digit_alignment finds no classifier weights",
@@ -144,5 +144,11 @@ def load_classifier(path: Path) -> DigitClassifier:
             do="make them with `python -m assets.make_classifier`, or check the path",
         )
     classifier = DigitClassifier()
-    classifier.load_state_dict(load_file(path))
+    try:
+        classifier.load_state_dict(load_file(path))
+    except Exception as error:  # safetensors raises its own type from Rust, torch a RuntimeError
+        raise RewardError(
+            f"the classifier weights {path} of digit_alignment cannot be read: {error}",
+            expected="a file made by `python -m assets.make_classifier`",
+        ) from error
     return classifier.eval()

@@ -1,0 +1,209 @@
+"""A worker answers tickets with exactly the weights that they name, and never drops one that it cannot deliver."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actors.reward_actor import RewardActor
+from actors.rollout import Rollout
+from actors.rollout_worker import RolloutWorker
+from diffusion.chain import Chain
+from diffusion.policy import Policy
+from diffusion.weights import pack, weights_digest
+from protocol.errors import ModelError, RewardError
+from protocol.groups import Group
+from protocol.recipe import Lora, Recipe
+from protocol.stream import GroupReader, Streams
+from protocol.tickets import Ticket
+from rewards.contract import check_scores
+from tests.models import make_tiny_model
+
+Versions = dict[str, bytes]
+
+
+class Scores:
+    """Scores of a reward that is ready after so many questions."""
+
+    def __init__(self, images: np.ndarray, patience: int) -> None:
+        self._images, self._patience = images, patience
+
+    def ready(self) -> bool:
+        self._patience -= 1
+        return self._patience < 0
+
+    def result(self) -> Mapping[str, np.ndarray]:
+        brightness_G = self._images.mean(axis=(1, 2, 3)).astype(np.float32)
+        return {"reward_G": brightness_G, "reward_brightness_G": brightness_G}
+
+
+def score(images: np.ndarray, prompt: str, ticket_id: str) -> Scores:
+    return Scores(images, patience=int(ticket_id[-1]))
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    torch.set_num_threads(1)
+    return Policy(str(make_tiny_model(tmp_path_factory.mktemp("worker") / "model")), trainable=Lora(rank=2), seed=0)
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return Recipe.model_validate(
+        {
+            "rounds": 2,
+            "prompts": {"train": "unused"},
+            "batch": {"num_groups": 4, "group_size": 4},
+            "sampler": {"num_steps": 3},
+            "rewards": [{"name": "jpeg_compressibility"}],
+            "algorithm": {"name": "prdp", "kl_weight": 1e-2, "clip_eps": 1e-2},
+        }
+    )
+
+
+@pytest.fixture
+def versions(policy: Policy) -> Versions:
+    """Two versions of the weights, by digest."""
+    states = [{name: torch.full_like(t, value) for name, t in policy.trainable_state().items()} for value in (0, 0.1)]
+    return {weights_digest(state): pack(state) for state in states}
+
+
+@pytest.fixture
+def rollout(policy: Policy, recipe: Recipe, versions: Versions) -> Rollout:
+    return Rollout(Chain(policy, recipe.sampler), lambda ticket: versions[ticket.weights_digest], score, "worker")
+
+
+@pytest.fixture
+def tickets(make_ticket: Callable[..., Ticket], versions: Versions) -> list[Ticket]:
+    """Four tickets that name the two versions in turn."""
+    digests = [*versions] * 2
+    return [dataclasses.replace(make_ticket(index=index), weights_digest=digests[index]) for index in range(4)]
+
+
+def answer(rollout: Rollout, ticket: Ticket) -> Group:
+    return rollout.complete(rollout.sample(ticket, lambda: None))
+
+
+def test_a_group_is_a_function_of_its_ticket(rollout: Rollout, tickets: list[Ticket]) -> None:
+    first = [answer(rollout, ticket).content_checksum() for ticket in tickets]
+    again = [answer(rollout, ticket).content_checksum() for ticket in reversed(tickets)]
+    assert first == again[::-1]
+    assert len(set(first)) == 4
+
+
+def test_a_group_reports_the_digest_of_the_weights_that_made_it(rollout: Rollout, tickets: list[Ticket]) -> None:
+    for ticket in tickets:
+        assert answer(rollout, ticket).weights_digest == ticket.weights_digest
+
+
+def test_a_group_that_was_made_with_other_weights_says_so(
+    rollout: Rollout, tickets: list[Ticket], versions: Versions
+) -> None:
+    asked, other = versions
+    versions[asked] = versions[other]
+    assert answer(rollout, tickets[0]).weights_digest == other
+
+
+def test_weights_of_another_model_are_refused(rollout: Rollout, tickets: list[Ticket], versions: Versions) -> None:
+    versions[tickets[0].weights_digest] = pack({"to_q.lora_A": torch.zeros(2)})
+    with pytest.raises(ModelError, match="weights do not fit this model"):
+        rollout.sample(tickets[0], lambda: None)
+
+
+def test_a_group_has_its_siblings_latents_of_all_steps(rollout: Rollout, tickets: list[Ticket]) -> None:
+    group = answer(rollout, tickets[1])
+    shapes = {name: array.shape for name, array in group.arrays.items()}
+    assert shapes == {
+        "latents_GSCHW": (4, 4, 4, 8, 8),
+        "log_prob_GT": (4, 3),
+        "scored_T": (3,),
+        "reward_G": (4,),
+        "reward_brightness_G": (4,),
+    }
+    assert group.non_finite_field() is None
+
+
+def until_idle(streams: Streams) -> Callable[[], bool]:
+    """Tells a worker to stop once no ticket is out."""
+
+    def idle() -> bool:
+        depth = streams.queue_depth()
+        return depth.waiting == depth.claimed == 0
+
+    return idle
+
+
+def groups_in(streams: Streams) -> Iterator[Group]:
+    reader = GroupReader(streams, range(streams.num_shards))
+    while arrivals := reader.read(block_s=0):
+        yield from (arrival.content for arrival in arrivals if isinstance(arrival.content, Group))
+
+
+def test_a_worker_answers_every_ticket_once(
+    rollout: Rollout, streams: Streams, recipe: Recipe, tickets: list[Ticket]
+) -> None:
+    streams.issue(tickets)
+    RolloutWorker("0", rollout, streams, recipe).run(until_idle(streams))
+    groups = {group.ticket_id: group for group in groups_in(streams)}
+    assert sorted(groups) == [ticket.ticket_id for ticket in tickets]
+    assert streams.counters()["groups_appended"] == 4
+    for ticket in tickets:
+        assert groups[ticket.ticket_id].content_checksum() == answer(rollout, ticket).content_checksum()
+
+
+def test_a_ticket_of_a_worker_that_died_is_answered_by_another(
+    rollout: Rollout, streams: Streams, recipe: Recipe, tickets: list[Ticket]
+) -> None:
+    streams.issue(tickets[:2])
+    assert streams.take("dead", block_s=0, claim_idle_s=60) is not None
+    impatient = recipe.model_copy(update={"redis": recipe.redis.model_copy(update={"claim_idle_s": 0.2})})
+    RolloutWorker("0", rollout, streams, impatient).run(until_idle(streams))
+    assert sorted({group.ticket_id for group in groups_in(streams)}) == [ticket.ticket_id for ticket in tickets[:2]]
+
+
+def test_an_error_of_a_reward_reaches_whoever_runs_the_worker(
+    policy: Policy, versions: Versions, streams: Streams, recipe: Recipe, tickets: list[Ticket]
+) -> None:
+    class Broken(Scores):
+        def result(self) -> Mapping[str, np.ndarray]:
+            raise RewardError("the judge has resigned")
+
+    rollout = Rollout(
+        Chain(policy, recipe.sampler),
+        lambda ticket: versions[ticket.weights_digest],
+        lambda images, prompt, ticket_id: Broken(images, 0),
+        "worker",
+    )
+    streams.issue(tickets[:1])
+    with pytest.raises(RewardError, match="the judge has resigned"):
+        RolloutWorker("0", rollout, streams, recipe).run(until_idle(streams))
+    assert list(groups_in(streams)) == []
+    assert streams.queue_depth().claimed == 1
+
+
+def test_a_worker_says_how_busy_it_is(
+    rollout: Rollout, streams: Streams, recipe: Recipe, tickets: list[Ticket]
+) -> None:
+    streams.issue(tickets)
+    RolloutWorker("7", rollout, streams, recipe).run(until_idle(streams))
+    said: dict[str, Any] = streams.progress()["rollout/7"]
+    assert 0 <= said["busy_s"] <= said["alive_s"]
+
+
+def test_a_reward_actor_scores_a_group_as_one_batch() -> None:
+    batches = []
+
+    def remember(images: np.ndarray, prompts: list[str]) -> list[int]:
+        batches.append((images.shape, prompts))
+        return [1, 2, 3]
+
+    actor = RewardActor("mine", remember, check_scores)
+    scores = actor.score(np.zeros((3, 8, 8, 3), np.uint8), "a red seven")
+    assert scores.tolist() == [1, 2, 3]
+    assert scores.dtype == np.float32
+    assert batches == [((3, 8, 8, 3), ["a red seven"] * 3)]

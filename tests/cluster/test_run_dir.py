@@ -1,0 +1,155 @@
+"""A run directory has one driver and one run, and tells no secrets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.run_dir import RunDir, read_recipe
+from protocol.errors import RunDirError
+from protocol.recipe import Recipe
+from protocol.recipe_file import load_recipe, parse_recipe
+
+
+def make_recipe(prompts: Path, **changes: object) -> Recipe:
+    document = {
+        "rounds": 2,
+        "prompts": {"train": str(prompts)},
+        "batch": {"num_groups": 4, "group_size": 4},
+        "rewards": [{"name": "jpeg_compressibility"}],
+        "algorithm": {"name": "prdp", "kl_weight": 1e-2, "clip_eps": 1e-2},
+    }
+    return parse_recipe(document | changes, source="test")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    (tmp_path / "prompts.txt").write_text("a red seven\n")
+    return tmp_path / "prompts.txt"
+
+
+@pytest.fixture
+def recipe(prompts: Path) -> Recipe:
+    return make_recipe(prompts)
+
+
+def start(path: Path, recipe: Recipe, *, resume: bool = False) -> RunDir:
+    """Opens a run directory and lets go of it, as a driver does that ends."""
+    opened = RunDir(path, recipe, resume=resume)
+    opened.release()
+    return opened
+
+
+def test_a_new_directory_holds_recipe_prompts_and_the_runs_name(tmp_path: Path, recipe: Recipe) -> None:
+    opened = start(tmp_path / "some" / "run", recipe)
+    run = json.loads((opened.path / "run.json").read_text())
+    assert (run["run_id"], run["attempt"]) == (opened.run_id, 0)
+    assert read_recipe(opened.path) == load_recipe(opened.path / "recipe.yaml") == recipe
+    assert opened.prompts_file.read_text() == "a red seven\n"
+
+
+def test_two_runs_have_two_names(tmp_path: Path, recipe: Recipe) -> None:
+    assert start(tmp_path / "a", recipe).run_id != start(tmp_path / "b", recipe).run_id
+
+
+def test_an_empty_directory_may_be_used(tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "run").mkdir()
+    start(tmp_path / "run", recipe)
+
+
+def test_a_relative_path_becomes_absolute(tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert start(Path("run"), recipe).path == tmp_path / "run"
+
+
+def test_resuming_keeps_the_name_and_counts_the_attempt(tmp_path: Path, recipe: Recipe) -> None:
+    first = start(tmp_path / "run", recipe)
+    second = start(tmp_path / "run", recipe, resume=True)
+    third = RunDir(tmp_path / "run", recipe, resume=True)
+    assert first.run_id == second.run_id == third.run_id
+    assert [first.attempt, second.attempt, third.attempt] == [0, 1, 2]
+    assert third.next_attempt() == 3
+    third.release()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["attempt"] == 3
+
+
+def test_a_prompt_file_that_has_changed_does_not_change_a_resumed_run(
+    tmp_path: Path, recipe: Recipe, prompts: Path
+) -> None:
+    start(tmp_path / "run", recipe)
+    prompts.write_text("something else\n")
+    resumed = start(tmp_path / "run", recipe, resume=True)
+    assert resumed.prompts_file.read_text() == "a red seven\n"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_driver_is_refused_until_the_first_lets_go(tmp_path: Path, recipe: Recipe, resume: bool) -> None:
+    first = RunDir(tmp_path / "run", recipe, resume=False)
+    with pytest.raises(RunDirError):
+        RunDir(tmp_path / "run", recipe, resume=resume)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["attempt"] == 0
+    first.release()
+    start(tmp_path / "run", recipe, resume=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rounds": 9}, {"rollouts": 3}, {"redis": {"claim_idle_s": 1.0}}, {"checkpoints": {"every_rounds": 1}}],
+    ids=str,
+)
+def test_what_weights_do_not_depend_on_may_change_on_resume(
+    tmp_path: Path, recipe: Recipe, prompts: Path, changes: dict[str, object]
+) -> None:
+    start(tmp_path / "run", recipe)
+    changed = make_recipe(prompts, **changes)
+    resumed = start(tmp_path / "run", changed, resume=True)
+    assert read_recipe(resumed.path) == changed
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"lag": 1}, "lag"),
+        ({"batch": {"num_groups": 8, "group_size": 4}}, "batch.num_groups"),
+        ({"sampler": {"eta": 0.5}}, "sampler.eta"),
+        ({"learner": {"world_size": 2}}, "learner.world_size"),
+        ({"learner": {"threads": 2}}, "learner.threads"),
+        ({"rewards": [{"name": "jpeg_compressibility", "weight": 2.0}]}, "rewards"),
+        ({"model": {"trainable": {"form": "full"}}}, "model.trainable.form"),
+    ],
+    ids=str,
+)
+def test_what_weights_depend_on_may_not_change_on_resume(
+    tmp_path: Path, recipe: Recipe, prompts: Path, changes: dict[str, object], key: str
+) -> None:
+    start(tmp_path / "run", recipe)
+    with pytest.raises(RunDirError, match=rf"differs in .*{key}"):
+        RunDir(tmp_path / "run", make_recipe(prompts, **changes), resume=True)
+    assert read_recipe(tmp_path / "run") == recipe
+
+
+def test_a_password_is_not_written_down(tmp_path: Path, prompts: Path) -> None:
+    secret = make_recipe(prompts, redis={"url": "rediss://me:s3cret@redis.example:6380/2"})
+    opened = start(tmp_path / "run", secret)
+    assert not any("s3cret" in file.read_text() for file in opened.path.rglob("*") if file.is_file())
+    assert read_recipe(opened.path).redis.url == "rediss://redis.example:6380/2"
+    start(tmp_path / "run", secret, resume=True)
+
+
+def test_a_link_into_rays_session_folder_is_seen_through(tmp_path: Path, recipe: Recipe) -> None:
+    session = tmp_path / "ray" / "session_latest_1"
+    session.mkdir(parents=True)
+    (tmp_path / "harmless").symlink_to(session)
+    with pytest.raises(RunDirError, match="inside Ray's session folder"):
+        RunDir(tmp_path / "harmless" / "run", recipe, resume=False)
+    assert list(session.iterdir()) == []
+
+
+def test_a_mark_of_a_run_that_is_torn_is_named(tmp_path: Path, recipe: Recipe) -> None:
+    start(tmp_path / "run", recipe)
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(RunDirError, match=r"run\.json"):
+        RunDir(tmp_path / "run", recipe, resume=True)
