@@ -1,4 +1,4 @@
-"""Trains the embedded base model from nothing: `python -m assets.make_base`. About half an hour on one core.
+"""Trains the embedded base model from nothing: `python -m assets.make_base`. About 50 minutes on one core.
 
 In order: prompts, tokenizer, autoencoder, then U-Net and text model together on cached latents. Each part is a real
 diffusers or transformers class, saved in the layout of Stable Diffusion.
@@ -24,7 +24,8 @@ WIDTH = 64
 MAX_TOKENS = 16
 NUM_SCENES = 40_000
 AUTOENCODER_STEPS = 1000
-WARM_STEPS, WARM_CYCLE, COOL_STEPS = 1501, 5000, 1500
+PHASES = (("rise", 1501), ("fall", 1500), ("level", 2000), ("fall", 1200))
+"""Learning-rate phases of the U-Net. Colours are learnt in the first thousand steps; digits only in the third phase."""
 PEAK_RATE = 1e-3
 BATCH_SIZE = 64
 PROMPT_DROPOUT = 0.1
@@ -145,29 +146,34 @@ def make_networks(tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPT
     return unet, text_model
 
 
-def train_unet(pipeline: StableDiffusionPipeline, latents_NCHW: Tensor, said_N3: Tensor, *, warm: bool) -> None:
+def train_unet(pipeline: StableDiffusionPipeline, latents_NCHW: Tensor, said_N3: Tensor, phase: int) -> None:
     """Trains noise prediction (Ho et al., arXiv 2006.11239) with prompt dropout for guidance, in place.
 
-    Two phases, each with an optimizer and noise of its own: `warm` is the rise of a one-cycle schedule, up to its
-    peak; the other falls from the peak to 0.
+    Each phase has an optimizer and noise of its own, so that one can be done again from what the one before saved.
     """
     unet, text_model = pipeline.unet.train().requires_grad_(True), pipeline.text_encoder.train().requires_grad_(True)
-    noise = Generator().manual_seed(SEED + (3 if warm else 4))
+    noise = Generator().manual_seed(SEED + 3 + phase)
     tokens = _tokens(pipeline.tokenizer, [write_prompt(Said(*said)) for said in said_N3.tolist()])
     empty = _tokens(pipeline.tokenizer, [""])
     optimizer = torch.optim.AdamW([*unet.parameters(), *text_model.parameters()], PEAK_RATE, weight_decay=0.01)
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    if warm:
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, WARM_CYCLE)
-    else:
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, COOL_STEPS)
-    for step in range(WARM_STEPS if warm else COOL_STEPS):
+    shape, num_steps = PHASES[phase]
+    schedule = _schedule(optimizer, shape, num_steps)
+    for step in range(num_steps):
         pick_N = torch.randint(len(said_N3), (BATCH_SIZE,), generator=noise)
         dropped_N = torch.rand(BATCH_SIZE, generator=noise) < PROMPT_DROPOUT
         embedding_NLE = text_model(torch.where(dropped_N[:, None], empty, tokens[pick_N]))[0]
         loss = _noise_error(pipeline, latents_NCHW[pick_N], embedding_NLE, noise)
         _descend(loss, optimizer, schedule)
-        _say("unet", step, loss)
+        _say(f"unet, phase {phase},", step, loss)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, shape: str, num_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    if shape == "rise":
+        # The rising 30 % of a one-cycle schedule.
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, round(num_steps / 0.3002))
+    if shape == "fall":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
 def _noise_error(
@@ -239,8 +245,8 @@ def main() -> None:
         requires_safety_checker=False,
     )
 
-    for warm in (True, False):
-        train_unet(pipeline, latents_NCHW, said_N3, warm=warm)
+    for phase in range(len(PHASES)):
+        train_unet(pipeline, latents_NCHW, said_N3, phase)
         save(pipeline)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -100,15 +101,21 @@ def compare(base_PN: np.ndarray, tuned_PN: np.ndarray) -> Comparison:
 
 
 def print_table(result: Evaluation) -> None:
-    """Prints one row a reward, means with standard errors over prompts."""
+    """Prints one row a reward: means with standard errors over prompts, and how often tuned beats base at the same
+    prompt and noise."""
     table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
         title=f"version {result.version} against its base on {result.num_prompts} prompts x "
-        f"{result.images_per_prompt} images of {result.prompts}"
+        f"{result.images_per_prompt} images of {result.prompts}",
     )
-    for column in ("reward", "base", "tuned", "difference", "wins against base"):
-        table.add_column(column, justify="left" if column == "reward" else "right")
+    for column in ("reward", "base", "tuned", "difference", "wins"):
+        is_name = column == "reward"
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
     for label, row in result.rewards.items():
-        name = "trained reward (sum)" if label == "mean" else label
+        if label == "mean" and len(result.rewards) == 2:
+            continue  # The sum of one reward says nothing new.
+        name = "trained sum" if label == "mean" else label
         wins = f"{100 * row.win_rate.mean:.1f} ± {100 * row.win_rate.standard_error:.1f} %"
         table.add_row(name, *(_with_error(part) for part in (row.base, row.tuned, row.difference)), wins)
     Console().print(table)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.models.clip.tokenization_clip import CLIPTokenizer as _Tokenizer
-
-assert CLIPTokenizer is _Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 WIDTH = 16
 LENGTH = 12
@@ -31,7 +30,7 @@ def make_tiny_model(folder: Path, *, prediction_type: str = "epsilon") -> Path:
                 sample_size=16,
             ),
             text_encoder=_text_encoder(),
-            tokenizer=_tokenizer(folder / "words"),
+            tokenizer=_tokenizer(),
             unet=UNet2DConditionModel(
                 sample_size=8,
                 block_out_channels=(8, 16),
@@ -75,13 +74,12 @@ def _text_encoder() -> CLIPTextModel:
     )
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def _tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level vocabulary without merges: every byte is a token, inside a word or at its end."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    folder.mkdir(parents=True)
     letters = list(bytes_to_unicode().values())
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=LENGTH)
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
+        vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}))
+        merges.write_text("#version: 0.2\n")
+        return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=LENGTH)

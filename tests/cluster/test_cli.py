@@ -95,7 +95,7 @@ def train(*overrides: str) -> tuple[str, ...]:
         ("rewards=[]", ["rewards"]),
         ("rewards.0.weight=0", ["every weight is 0"]),
         ("rewards.1.weight=2", ["'1' does not name an entry of a list"]),
-        ("rounds.two=2", ["rounds is not a section"]),
+        ("rounds.two=2", ["override rounds.two", "2"]),
         ("rounds=[", ["rounds", "not YAML"]),
         ("=3", ["key.sub=value"]),
     ],

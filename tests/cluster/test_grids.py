@@ -51,8 +51,8 @@ def test_a_grid_is_written_where_no_folder_was(tmp_path: Path) -> None:
 
 
 def test_two_pictures_stand_beside_each_other_unchanged(tmp_path: Path) -> None:
-    for name, size in (("left", (30, 20)), ("right", (40, 20))):
-        Image.new("RGB", size, name == "left" and "red" or "blue").save(tmp_path / f"{name}.png")
+    for name, width, colour in (("left", 30, "red"), ("right", 40, "blue")):
+        Image.new("RGB", (width, 20), colour).save(tmp_path / f"{name}.png")
     side_by_side(tmp_path / "left.png", tmp_path / "right.png", tmp_path / "both.png")
     both = Image.open(tmp_path / "both.png")
     assert both.size == (30 + 4 * GAP_PX + 40, 20)

@@ -146,10 +146,3 @@ def test_a_link_into_rays_session_folder_is_seen_through(tmp_path: Path, recipe:
     with pytest.raises(RunDirError, match="inside Ray's session folder"):
         RunDir(tmp_path / "harmless" / "run", recipe, resume=False)
     assert list(session.iterdir()) == []
-
-
-def test_a_mark_of_a_run_that_is_torn_is_named(tmp_path: Path, recipe: Recipe) -> None:
-    start(tmp_path / "run", recipe)
-    (tmp_path / "run" / "run.json").write_text("{")
-    with pytest.raises(RunDirError, match=r"run\.json"):
-        RunDir(tmp_path / "run", recipe, resume=True)

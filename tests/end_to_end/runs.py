@@ -113,9 +113,12 @@ class Driver:
         """Returns how many rounds the journal has."""
         return len(rows(self.folder / "metrics.jsonl"))
 
-    def processes(self, title: str) -> list[psutil.Process]:
-        """Returns the processes below the driver whose titles begin so."""
-        return [process for process in self._below() if _title(process).startswith(title)]
+    def kill_one(self, title: str) -> None:
+        """Kills a process below the driver whose title or command says so."""
+        below = {process: _title(process) for process in self._below()}
+        found = [process for process, its_title in below.items() if title in its_title]
+        assert found, f"no {title} among {list(below.values())}"
+        found[-1].kill()
 
     def kill(self) -> list[psutil.Process]:
         """Kills the driver alone, at once. Returns what was below it."""

@@ -59,9 +59,9 @@ def test_the_trained_reward_is_the_weighted_sum_of_its_parts(run: Run) -> None:
         assert row["reward/mean"] == pytest.approx(100 * row["reward/jpeg_compressibility"], rel=1e-6)
 
 
-def test_rollout_and_learner_agree_bit_for_bit(run: Run, train: Callable[..., Run]) -> None:
+def test_rollout_and_learner_agree_but_for_the_size_of_their_batches(run: Run, train: Callable[..., Run]) -> None:
     for row in run.metrics + train(*LATE).metrics:
-        assert row["parity/max_abs"] == 0.0
+        assert 0 <= row["parity/max_abs"] < 1e-5
 
 
 @pytest.mark.parametrize(("settings", "lag"), [(("lag=0",), 0), (LATE, 1)], ids=["lag 0", "lag 1"])
@@ -152,7 +152,7 @@ def test_the_digest_is_the_last_line_for_every_version(run: Run, workshop: Path)
 
 def test_an_evaluation_compares_each_reward_with_the_base_at_the_same_seeds(run: Run, workshop: Path) -> None:
     out = workshop / "evaluation.json"
-    done = sfumato("evaluate", run.folder, "--json", out, cwd=workshop)
+    done = sfumato("evaluate", run.folder, "--json", out, cwd=workshop, env={"COLUMNS": "160"})
     assert done.returncode == 0, done.stderr
     assert "wins against base" in done.stdout
     assert "jpeg_compressibility" in done.stdout

@@ -53,17 +53,23 @@ def test_a_kill_of_the_driver_and_a_resume_change_nothing(train: Callable[..., R
     assert [row["round"] for row in run.metrics] == [row["round"] for row in run.ledger] == list(range(6))
 
 
-def test_a_kill_of_a_rollout_actor_changes_nothing(train: Callable[..., Run], workshop: Path) -> None:
-    driver = Driver(workshop / "rollout-killed", ["recipe.yaml", *UNBROKEN, "rollouts=2"], cwd=workshop)
-    driver.wait_for(lambda: driver.rounds_done() >= 2)
-    driver.processes("ray::RolloutProcess")[0].kill()
-    assert driver.finish().digests == train(*UNBROKEN).digests
+def test_a_kill_of_whatever_holds_nothing_durable_changes_nothing(train: Callable[..., Run], workshop: Path) -> None:
+    settings = ["recipe.yaml", *UNBROKEN, "rollouts=2", "rounds=8"]
+    driver = Driver(workshop / "roles-killed", settings, cwd=workshop)
+    for round_, role in enumerate(("ray::RolloutProcess", "ray::RewardProcess", "ray::WeightStore", "redis-server")):
+        driver.wait_for(lambda reached=round_: driver.rounds_done() > reached)
+        driver.kill_one(role)
+    run = driver.finish()
+    assert [row["round"] for row in run.metrics] == list(range(8))
+    assert "restarting the learner" not in run.output
+    unbroken = train(*UNBROKEN).digests
+    assert {version: run.digests[version] for version in unbroken} == unbroken
 
 
 def test_a_kill_of_a_learner_rank_is_made_good_without_help(train: Callable[..., Run], workshop: Path) -> None:
     driver = Driver(workshop / "learner-killed", ["recipe.yaml", *UNBROKEN], cwd=workshop)
     driver.wait_for(lambda: driver.rounds_done() >= 3)
-    driver.processes("ray::LearnerProcess")[1].kill()
+    driver.kill_one("ray::LearnerProcess")
     run = driver.finish()
     assert "restarting the learner" in run.output
     assert run.digests == train(*UNBROKEN).digests
