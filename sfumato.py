@@ -7,7 +7,7 @@ gets our root first on `sys.path`, or an error; never somebody else's module in 
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
@@ -16,12 +16,15 @@ PACKAGES = ("protocol", "diffusion", "rewards", "actors", "learner", "cluster")
 
 
 def claim_packages() -> None:
-    """Puts our root first on `sys.path`. Raises ImportError where another module already has one of our names."""
+    """Puts our root first on `sys.path` and imports our packages from there, so that what comes before it later, as
+    Ray puts the driver's working directory, cannot hide them.
+
+    Raises ImportError where another module already has one of our names.
+    """
     root = str(ROOT)
     sys.path[:] = [root, *(entry for entry in sys.path if entry != root)]
     for name in PACKAGES:
-        found = sys.modules.get(name) or importlib.util.find_spec(name)
-        origin = getattr(found, "__file__", None) or getattr(found, "origin", None)
+        origin = importlib.import_module(name).__file__
         if origin is None or Path(origin).resolve().parent != ROOT / name:
             raise ImportError(
                 f"sfumato needs its own package {name!r} from {ROOT}, but this process would use {origin}. "

@@ -15,7 +15,7 @@ from cluster.grids import save_grid, side_by_side
 from cluster.launch import Endpoint
 from cluster.run_dir import RunDir
 from learner.checkpoint import latest_checkpoint
-from protocol.derived import latent_shape
+from protocol.derived import image_size
 from protocol.errors import RedisError, SfumatoError, TrainingError
 from protocol.paths import model_source, read_prompts
 from protocol.recipe import Recipe
@@ -23,6 +23,8 @@ from protocol.stream import Streams
 from protocol.tickets import TicketPlan
 
 POLL_S = 0.5
+USUAL_IMAGE_SIZE = 512
+"""Of images that try a reward, where the model is not on disk yet."""
 
 
 @dataclass
@@ -84,8 +86,7 @@ class Attempt:
         self._wait_until_built(self._join(ranks))
         if not (self._run_dir.path / "samples" / "round-000000.png").exists():
             self._draw_grid(0)
-        for name in self._rollouts:
-            self._run_rollout(name)
+        self._runs = {actor.run.remote(): name for name, actor in self._rollouts.items()}
         self._tell("training")
         return [rank.train.remote() for rank in ranks]
 
@@ -100,10 +101,9 @@ class Attempt:
 
     def _wait_until_built(self, joined: list[Any]) -> None:
         """Also tries every reward once: one that cannot score is refused before anything is sampled."""
-        shape_CHW = latent_shape(model_source(self._recipe.model.path))
-        size = 8 * shape_CHW[1] if shape_CHW else 512
+        size = image_size(model_source(self._recipe.model.path)) or USUAL_IMAGE_SIZE
         probes = [actor.probe.remote(self._plan.prompts[:1], size) for pool in self._pools for actor in pool.actors]
-        built = [actor.ready.remote() for actor in self._rollouts.values()]
+        built = [actor.build.remote() for actor in self._rollouts.values()]
         for ref in [*probes, *built, *joined]:
             self._first(ref)
 
@@ -116,9 +116,6 @@ class Attempt:
 
     def _start_rollout(self, name: str) -> None:
         self._rollouts[name] = launch.start_rollout(name, self._recipe, self._endpoint, self._store, self._pools)
-
-    def _run_rollout(self, name: str) -> None:
-        self._runs[self._rollouts[name].run.remote()] = name
 
     def _watch(self, training: list[Any], revive_redis: Callable[[], None]) -> None:
         """Returns when every rank is done. Raises an error of ours, or LearnerLostError."""
@@ -153,7 +150,7 @@ class Attempt:
             raise TrainingError(f"rollout actor {name} was lost too often; the last error: {first_line(lost)}")
         self._status.restarts += 1
         self._start_rollout(name)
-        self._run_rollout(name)
+        self._runs[self._rollouts[name].build_and_run.remote()] = name
 
     def _look(self) -> None:
         """Reads what the roles say of themselves, shows it, and notices a learner that stands still."""
@@ -216,4 +213,5 @@ def first_line(error: BaseException) -> str:
     """Returns an error's essence: Ray's messages hold whole remote tracebacks."""
     cause = getattr(error, "cause", None) or error
     lines = [line for line in str(cause).strip().splitlines() if line.strip()] or [""]
-    return f"{type(cause).__name__}: {lines[-1] if isinstance(error, RayTaskError) else lines[0]}"
+    reason_is_last = isinstance(error, RayTaskError) or "creation task" in lines[0]
+    return f"{type(cause).__name__}: {lines[-1 if reason_is_last else 0].strip()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import threading
@@ -46,9 +47,18 @@ class Endpoint:
 
 
 class RolloutProcess:
-    """A rollout worker in a process of its own. `run` and `stop` are called concurrently."""
+    """A rollout worker in a process of its own. `run` and `stop` are called concurrently.
+
+    The constructor builds nothing: an error of ours raised there would reach the driver as a dead actor's.
+    """
 
     def __init__(self, name: str, recipe: Recipe, endpoint: Endpoint, store: Any, pools: Sequence[RewardPool]) -> None:
+        self._name, self._recipe, self._endpoint = name, recipe, endpoint
+        self._store, self._scorer = StoreClient(store), Scorer(pools)
+        self._stopping = threading.Event()
+
+    def build(self) -> None:
+        """Loads the model and connects."""
         import torch
 
         from actors.rollout import Rollout
@@ -56,17 +66,16 @@ class RolloutProcess:
         from diffusion.chain import Chain
         from diffusion.policy import Policy
 
-        torch.set_num_threads(recipe.rollout_worker.threads)
-        self._recipe, self._stopping = recipe, threading.Event()
-        self._policy = Policy.from_recipe(recipe, device_of(recipe.rollout_worker))
-        self._chain = Chain(self._policy, recipe.sampler)
-        self._store, self._scorer = StoreClient(store), Scorer(pools)
-        rollout = Rollout(self._chain, self._fetch, self._scorer, name)
-        self._worker = RolloutWorker(name, rollout, endpoint.open(), recipe)
+        torch.set_num_threads(self._recipe.rollout_worker.threads)
+        self._policy = Policy.from_recipe(self._recipe, device_of(self._recipe.rollout_worker))
+        self._chain = Chain(self._policy, self._recipe.sampler)
+        rollout = Rollout(self._chain, self._fetch, self._scorer, self._name)
+        self._worker = RolloutWorker(self._name, rollout, self._endpoint.open(), self._recipe)
 
-    def ready(self) -> str:
-        """Returns the process's host, once it is built."""
-        return socket.gethostname()
+    def build_and_run(self) -> None:
+        """What a replacement does."""
+        self.build()
+        self.run()
 
     def run(self) -> None:
         """Answers tickets until `stop`."""
@@ -133,14 +142,10 @@ class LearnerProcess:
 
 
 class RewardProcess:
-    """A reward actor in a process of its own."""
+    """A reward actor in a process of its own. It builds its reward when it is first asked, also after a restart."""
 
     def __init__(self, settings: Reward) -> None:
-        from actors.reward_actor import RewardActor
-        from rewards.contract import check_scores
-        from rewards.loading import build
-
-        self._actor = RewardActor(settings.label, build(settings.name, settings.kwargs), check_scores)
+        self._settings = settings
 
     def probe(self, prompts: Sequence[str], size: int) -> None:
         """Scores generated images, so that a reward that cannot work is refused before a run starts."""
@@ -152,6 +157,15 @@ class RewardProcess:
     def score(self, images: Any, prompt: str) -> Any:
         """Returns (G,) fp32 scores."""
         return self._actor.score(images, prompt)
+
+    @functools.cached_property
+    def _actor(self) -> Any:
+        from actors.reward_actor import RewardActor
+        from rewards.contract import check_scores
+        from rewards.loading import build
+
+        settings = self._settings
+        return RewardActor(settings.label, build(settings.name, settings.kwargs), check_scores)
 
 
 def connect_ray(recipe: Recipe, *, debug: bool) -> None:

@@ -119,4 +119,6 @@ def eta_s(recipe: Recipe, rows: list[dict[str, Any]]) -> float:
 
 def duration(seconds: float) -> str:
     """Returns a time as people read it."""
-    return time.strftime("%H:%M:%S" if seconds >= 3600 else "%M:%S", time.gmtime(seconds))
+    minutes, rest_s = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:02d}:{minutes:02d}:{rest_s:02d}" if hours else f"{minutes:02d}:{rest_s:02d}"

@@ -37,6 +37,17 @@ def latent_shape(source: str) -> tuple[int, int, int] | None:
         ) from error
 
 
+def image_size(source: str) -> int | None:
+    """Returns the side of a model folder's images in pixels, or None for a hub id: its VAE halves at each block but
+    the last."""
+    shape_CHW = latent_shape(source)
+    if shape_CHW is None:
+        return None
+    config = json.loads((Path(source) / "vae" / "config.json").read_text())
+    side: int = shape_CHW[1] * 2 ** (len(config["block_out_channels"]) - 1)
+    return side
+
+
 def group_bytes(recipe: Recipe, shape_CHW: tuple[int, int, int]) -> int:
     """Returns the size of a group's tensors on the wire."""
     sampler, group_size = recipe.sampler, recipe.batch.group_size
