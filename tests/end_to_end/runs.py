@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import torch
@@ -32,15 +33,20 @@ def sfumato(
     *arguments: str | Path, cwd: Path, env: Mapping[str, str] = {}, timeout_s: float = TIMEOUT_S
 ) -> subprocess.CompletedProcess[str]:
     """Runs `sfumato ARGUMENTS` and returns its exit code and output, whatever they are."""
-    return subprocess.run(
-        [COMMAND, *map(str, arguments)],
-        cwd=cwd,
-        env=environment(env),
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
+    # Files, since Ray's agents would hold pipes open for a while after a time-out.
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        done = subprocess.run(
+            [COMMAND, *map(str, arguments)],
+            cwd=cwd,
+            env=environment(env),
+            stdout=output,
+            stderr=errors,
+            timeout=timeout_s,
+            check=False,
+        )
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(done.args, done.returncode, output.read(), errors.read())
 
 
 @dataclass(frozen=True)
@@ -95,11 +101,19 @@ class Driver:
 
     def __init__(self, folder: Path, arguments: Sequence[str | Path], *, cwd: Path) -> None:
         self.folder = folder
-        self._log = (cwd / f"{folder.name}.log").open("w+")
+        self._log = cwd / f"{folder.name}.log"
         command = [COMMAND, "train", *map(str, arguments), "--run-dir", str(folder)]
-        self._process = subprocess.Popen(
-            command, cwd=cwd, env=environment({}), stdout=self._log, stderr=subprocess.STDOUT, text=True
-        )
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command, cwd=cwd, env=environment({}), stdout=log, stderr=subprocess.STDOUT, text=True
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
         """Waits until a condition holds while the driver lives."""
@@ -128,26 +142,19 @@ class Driver:
         below = [process for process in self._below() if "Agent" not in _title(process)]
         self._process.kill()
         self._process.wait()
-        self._log.close()
         return below
 
     def finish(self) -> Run:
         """Waits for the end."""
-        try:
-            code = self._process.wait(TIMEOUT_S)
-        finally:
-            self._process.kill()
-        output = self._output()
-        self._log.close()
-        assert code == 0, f"exit code {code}\n{output}"
-        return Run(self.folder, output)
+        code = self._process.wait(TIMEOUT_S)
+        assert code == 0, f"exit code {code}\n{self._output()}"
+        return Run(self.folder, self._output())
 
     def _below(self) -> list[psutil.Process]:
         return psutil.Process(self._process.pid).children(recursive=True)
 
     def _output(self) -> str:
-        self._log.seek(0)
-        return self._log.read()
+        return self._log.read_text()
 
 
 def _title(process: psutil.Process) -> str:

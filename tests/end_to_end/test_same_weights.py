@@ -39,9 +39,9 @@ def test_lag_changes_the_weights_from_the_second_version_on(train: Callable[...,
 
 
 def test_a_kill_of_the_driver_and_a_resume_change_nothing(train: Callable[..., Run], workshop: Path) -> None:
-    driver = Driver(workshop / "driver-killed", ["recipe.yaml", *UNBROKEN], cwd=workshop)
-    driver.wait_for(lambda: driver.rounds_done() >= 3)
-    below = driver.kill()
+    with Driver(workshop / "driver-killed", ["recipe.yaml", *UNBROKEN], cwd=workshop) as driver:
+        driver.wait_for(lambda: driver.rounds_done() >= 3)
+        below = driver.kill()
     assert driver.rounds_done() < 6, "the run was over before it was killed"
     _, alive = psutil.wait_procs(below, timeout=60)
     assert not alive, "processes outlive their driver"
@@ -54,11 +54,12 @@ def test_a_kill_of_the_driver_and_a_resume_change_nothing(train: Callable[..., R
 
 def test_a_kill_of_whatever_holds_nothing_durable_changes_nothing(train: Callable[..., Run], workshop: Path) -> None:
     settings = ["recipe.yaml", *UNBROKEN, "rollouts=2", "rounds=8"]
-    driver = Driver(workshop / "roles-killed", settings, cwd=workshop)
-    for round_, role in enumerate(("ray::RolloutProcess", "ray::RewardProcess", "ray::WeightStore", "redis-server")):
-        driver.wait_for(lambda reached=round_: driver.rounds_done() > reached)
-        driver.kill_one(role)
-    run = driver.finish()
+    roles = ("ray::RolloutProcess", "ray::RewardProcess", "ray::WeightStore", "redis-server")
+    with Driver(workshop / "roles-killed", settings, cwd=workshop) as driver:
+        for round_, role in enumerate(roles):
+            driver.wait_for(lambda reached=round_: driver.rounds_done() > reached)
+            driver.kill_one(role)
+        run = driver.finish()
     assert [row["round"] for row in run.metrics] == list(range(8))
     assert "restarting the learner" not in run.output
     unbroken = train(*UNBROKEN).digests
@@ -66,10 +67,10 @@ def test_a_kill_of_whatever_holds_nothing_durable_changes_nothing(train: Callabl
 
 
 def test_a_kill_of_a_learner_rank_is_made_good_without_help(train: Callable[..., Run], workshop: Path) -> None:
-    driver = Driver(workshop / "learner-killed", ["recipe.yaml", *UNBROKEN], cwd=workshop)
-    driver.wait_for(lambda: driver.rounds_done() >= 3)
-    driver.kill_one("ray::LearnerProcess")
-    run = driver.finish()
+    with Driver(workshop / "learner-killed", ["recipe.yaml", *UNBROKEN], cwd=workshop) as driver:
+        driver.wait_for(lambda: driver.rounds_done() >= 3)
+        driver.kill_one("ray::LearnerProcess")
+        run = driver.finish()
     assert "restarting the learner" in run.output
     assert run.digests == train(*UNBROKEN).digests
     assert [row["round"] for row in run.metrics] == list(range(6))
@@ -115,7 +116,7 @@ def test_an_external_redis_changes_nothing_and_its_password_is_not_kept(
     assert password not in process.stdout + process.stderr
 
 
-WEIGHT_TOLERANCE = 2e-5
+WEIGHT_TOLERANCE = 1e-5
 """Of weights that move by 1e-3 an update: the order of sums over ranks and micro-batches differs."""
 
 
