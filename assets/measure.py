@@ -7,8 +7,6 @@ on one core. Every number of the data card, `README.md`, is from here.
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,27 +103,6 @@ def measure_sizes(policy: Policy) -> dict[str, object]:
     }
 
 
-@torch.inference_mode()
-def measure_speed(policy: Policy) -> dict[str, float]:
-    """Returns the median CPU time of one U-Net forward pass in ms on one thread of this machine.
-
-    CPU time counts this process only, so that a busy machine measures nearly as an idle one.
-    """
-    return {f"forward_cpu_ms_batch_{size}": round(1000 * _median_s(policy, size), 1) for size in (8, 64)}
-
-
-def _median_s(policy: Policy, batch_size: int, num_passes: int = 30) -> float:
-    state = torch.randn(batch_size, *policy.latent_shape_CHW)
-    timestep = torch.full((batch_size,), 500)
-    embedding = policy.embed("").expand(batch_size, -1, -1)
-    taken_s = []
-    for _ in range(num_passes):
-        start = time.process_time()
-        policy.unet(state, timestep, encoder_hidden_states=embedding)
-        taken_s.append(time.process_time() - start)
-    return statistics.median(taken_s)
-
-
 def _named(rates: list[float]) -> dict[str, float]:
     return {name: round(rate, 4) for name, rate in zip(PARTS, rates, strict=True)}
 
@@ -140,7 +117,6 @@ def main() -> None:
     policy, judge = Policy(str(BASE), trainable=Full(form="full"), seed=0), DigitAlignment()
     card = {
         "sizes": measure_sizes(policy),
-        "speed_on_one_thread": measure_speed(policy),
         "classifier": measure_classifier(),
         "autoencoder": measure_autoencoder(policy, judge),
         "base": measure_base(policy, judge),
