@@ -121,9 +121,7 @@ def test_the_protocol_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize(("dependency", "homes"), HOMES.items())
 def test_each_heavy_dependency_stays_in_its_home(dependency: str, homes: tuple[str, ...]) -> None:
     outside = (
-        found
-        for found in importing(dependency)
-        if found[0].package != "assets" and not found[0].path.startswith(homes)
+        found for found in importing(dependency) if found[0].package != "assets" and not found[0].path.startswith(homes)
     )
     assert not places(outside)
 
@@ -214,9 +212,7 @@ def test_modules_are_short() -> None:
 
 
 def test_every_module_says_what_it_is() -> None:
-    assert not [
-        module.path for module in modules() if module.text.strip() and not ast.get_docstring(module.tree)
-    ]
+    assert not [module.path for module in modules() if module.text.strip() and not ast.get_docstring(module.tree)]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)

@@ -50,9 +50,7 @@ def replay(chain: Chain, drawn: Trajectories, micro_batch_size: int) -> Tensor:
 
 def equal(first: Trajectories, second: Trajectories) -> bool:
     """True if two groups agree bit for bit."""
-    return torch.equal(first.latents_GSCHW, second.latents_GSCHW) and torch.equal(
-        first.log_prob_GT, second.log_prob_GT
-    )
+    return torch.equal(first.latents_GSCHW, second.latents_GSCHW) and torch.equal(first.log_prob_GT, second.log_prob_GT)
 
 
 @pytest.mark.parametrize(("kernel", "last_step"), [("ddim", "unscored"), ("ddpm", "clamp")])

@@ -28,9 +28,7 @@ ALPHA_BAR = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dty
 """The scaled-linear schedule of Stable Diffusion 1.x."""
 
 
-def schedule(
-    timesteps: list[int], *, kernel: Kernel = "ddim", eta: float = 1.0, clamp: bool = False
-) -> StepConstants:
+def schedule(timesteps: list[int], *, kernel: Kernel = "ddim", eta: float = 1.0, clamp: bool = False) -> StepConstants:
     """Constants of a chain on the SD schedule; `clamp` keeps noise in the last step."""
     return make_schedule(
         ALPHA_BAR,
@@ -56,9 +54,7 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def draw(
-    constants: StepConstants, state: Tensor, output: Tensor, noise: Tensor, wire: torch.dtype
-) -> Transition:
+def draw(constants: StepConstants, state: Tensor, output: Tensor, noise: Tensor, wire: torch.dtype) -> Transition:
     """Draws with an epsilon-predicting network's output."""
     return transition(state, output, constants, prediction_type="epsilon", noise_NCHW=noise, wire_dtype=wire)
 
@@ -130,9 +126,7 @@ def test_with_a_half_precision_wire_the_density_is_that_of_the_rounded_point(ker
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(
-    ("timesteps", "step"), [([999, 949], 0), ([500, 480], 0), ([41, 21, 1], 1), ([1], 0)]
-)
+@pytest.mark.parametrize(("timesteps", "step"), [([999, 949], 0), ([500, 480], 0), ([41, 21, 1], 1), ([1], 0)])
 def test_a_one_dimensional_kernel_integrates_to_one(kernel: Kernel, timesteps: list[int], step: int) -> None:
     constants = schedule(timesteps, kernel=kernel, clamp=True)
     grid = torch.linspace(-12, 12, 40_001, dtype=torch.float64)
@@ -196,9 +190,7 @@ def test_equivalent_outputs_of_all_prediction_types_give_one_transition(
     outputs = {"epsilon": noise, "sample": clean, "v_prediction": signal * noise - level * clean}
     next_state = scalar(0.4 * state)
     scored = {
-        kind: transition(
-            scalar(state), scalar(output), constants, prediction_type=kind, next_state_NCHW=next_state
-        )
+        kind: transition(scalar(state), scalar(output), constants, prediction_type=kind, next_state_NCHW=next_state)
         for kind, output in outputs.items()
     }
     for kind, output in outputs.items():
@@ -206,9 +198,7 @@ def test_equivalent_outputs_of_all_prediction_types_give_one_transition(
         assert found_noise.item() == pytest.approx(noise, abs=1e-9)
         assert found_clean.item() == pytest.approx(clean, rel=1e-9, abs=1e-9)
         torch.testing.assert_close(scored[kind].mean_NCHW, scored["epsilon"].mean_NCHW, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(
-            scored[kind].log_prob_N, scored["epsilon"].log_prob_N, rtol=1e-6, atol=1e-6
-        )
+        torch.testing.assert_close(scored[kind].log_prob_N, scored["epsilon"].log_prob_N, rtol=1e-6, atol=1e-6)
 
 
 def test_guidance_one_and_zero_are_the_two_branches() -> None:
@@ -236,9 +226,7 @@ def exact_log_ratio(point: Tensor, mean_one: Tensor, mean_two: Tensor, sigma: Te
 def test_a_difference_of_log_probabilities_is_exact_to_1e8_in_latent_mean() -> None:
     for seed in range(20):
         point, one, two, sigma, scored = means_a_hair_apart(seed)
-        subtracted = log_prob_latent_sum(point, one, sigma, scored) - log_prob_latent_sum(
-            point, two, sigma, scored
-        )
+        subtracted = log_prob_latent_sum(point, one, sigma, scored) - log_prob_latent_sum(point, two, sigma, scored)
         error = (subtracted - exact_log_ratio(point, one, two, sigma)) / point.numel()
         assert abs(error.item()) < 1e-8
 
@@ -254,9 +242,7 @@ def test_sums_in_single_precision_would_err_by_a_tenth_of_the_smallest_window() 
     errors = []
     for seed in range(20):
         point, one, two, sigma, _ = means_a_hair_apart(seed)
-        first, second = (
-            torch.distributions.Normal(mean, sigma).log_prob(point).mean() for mean in (one, two)
-        )
+        first, second = (torch.distributions.Normal(mean, sigma).log_prob(point).mean() for mean in (one, two))
         exact = exact_log_ratio(point, one, two, sigma).item() / point.numel()
         errors.append((first - second).item() - exact)
     assert math.sqrt(sum(error**2 for error in errors) / len(errors)) > 3e-8
@@ -265,9 +251,7 @@ def test_sums_in_single_precision_would_err_by_a_tenth_of_the_smallest_window() 
 def test_log_probabilities_are_double_precision_whatever_the_latents_are() -> None:
     constants = step_of(schedule([500, 480]), 0)
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        drawn = draw(
-            constants, scalar(0.5).to(dtype), scalar(0.25).to(dtype), scalar(1.0).to(dtype), torch.float64
-        )
+        drawn = draw(constants, scalar(0.5).to(dtype), scalar(0.25).to(dtype), scalar(1.0).to(dtype), torch.float64)
         assert drawn.log_prob_N.dtype == torch.float64
         assert drawn.mean_NCHW.dtype == torch.promote_types(dtype, torch.float32)
 
@@ -278,9 +262,7 @@ def test_a_step_is_either_drawn_or_scored() -> None:
     with pytest.raises(ValueError, match="either noise_NCHW"):
         transition(state, state, constants, prediction_type="epsilon")
     with pytest.raises(ValueError, match="either noise_NCHW"):
-        transition(
-            state, state, constants, prediction_type="epsilon", noise_NCHW=state, next_state_NCHW=state
-        )
+        transition(state, state, constants, prediction_type="epsilon", noise_NCHW=state, next_state_NCHW=state)
 
 
 def test_the_density_of_a_chain_does_not_depend_on_who_else_is_in_the_batch() -> None:

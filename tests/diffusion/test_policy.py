@@ -72,9 +72,7 @@ def test_guidance_one_is_the_conditional_branch_and_zero_the_unconditional_one(t
     states, timesteps, embeddings = items(policy)
     empty = policy.embed_all(["", ""])
     assert torch.equal(predict(policy, 1.0), output_of(policy.unet, (states, timesteps, embeddings)))
-    both = output_of(
-        policy.unet, (torch.cat([states] * 2), torch.cat([timesteps] * 2), torch.cat([empty, embeddings]))
-    )
+    both = output_of(policy.unet, (torch.cat([states] * 2), torch.cat([timesteps] * 2), torch.cat([empty, embeddings])))
     assert torch.equal(predict(policy, 0.0), both[:2])
 
 
@@ -89,9 +87,7 @@ def test_guided_outputs_lie_on_the_line_through_both_branches(tiny_model: str, g
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 2.0, 5.0])
-def test_gradients_arrive_through_both_branches_with_their_factors(
-    tiny_model: str, guidance_scale: float
-) -> None:
+def test_gradients_arrive_through_both_branches_with_their_factors(tiny_model: str, guidance_scale: float) -> None:
     policy = load(tiny_model, dtype=torch.float64)
     train_a_little(policy)
     states, timesteps, embeddings = items(policy)
@@ -243,9 +239,7 @@ def test_weights_of_another_rank_or_form_are_refused(tiny_model: str) -> None:
 
 
 @pytest.mark.parametrize("alpha", [4.0, 6.0])
-def test_exported_lora_gives_the_same_unet_in_a_plain_pipeline(
-    tiny_model: str, tmp_path: Path, alpha: float
-) -> None:
+def test_exported_lora_gives_the_same_unet_in_a_plain_pipeline(tiny_model: str, tmp_path: Path, alpha: float) -> None:
     policy = load(tiny_model, Lora(rank=4, alpha=alpha))
     train_a_little(policy)
     policy.export(tmp_path / "export")
@@ -271,9 +265,7 @@ def test_half_precision_policy_and_reference_share_their_dtype(tiny_model: str) 
     assert predict(policy).dtype == torch.float32
 
 
-def test_the_prediction_type_and_schedule_are_the_models_own(
-    tiny_model: str, tiny_velocity_model: str
-) -> None:
+def test_the_prediction_type_and_schedule_are_the_models_own(tiny_model: str, tiny_velocity_model: str) -> None:
     assert load(tiny_model).prediction_type == "epsilon"
     velocity = load(tiny_velocity_model)
     assert velocity.prediction_type == "v_prediction"

@@ -42,9 +42,7 @@ def schedule_of(
     last_step: Literal["unscored", "clamp"] = "clamp",
 ) -> StepConstants:
     """Our constants for a diffusers scheduler's timesteps."""
-    return make_schedule(
-        scheduler.alphas_cumprod, scheduler.timesteps, kernel=kernel, eta=eta, last_step=last_step
-    )
+    return make_schedule(scheduler.alphas_cumprod, scheduler.timesteps, kernel=kernel, eta=eta, last_step=last_step)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
@@ -70,9 +68,7 @@ def test_every_ddim_step_is_the_one_that_diffusers_takes(
 
 
 def test_ddpm_ancestral_over_all_timesteps_is_diffusers_small_variance() -> None:
-    scheduler = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
-    )
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     constants = make_schedule(
         scheduler.alphas_cumprod, torch.arange(999, -1, -1), kernel="ddpm", eta=1.0, last_step="unscored"
     )
@@ -80,9 +76,7 @@ def test_ddpm_ancestral_over_all_timesteps_is_diffusers_small_variance() -> None
     for timestep in (999, 500, 1, 0):
         state, output = torch.randn((2, 1, 4, 8, 8), generator=generator).unbind()
         noise = torch.randn(state.shape, generator=torch.Generator().manual_seed(timestep))
-        theirs = scheduler.step(
-            output, timestep, state, generator=torch.Generator().manual_seed(timestep)
-        ).prev_sample
+        theirs = scheduler.step(output, timestep, state, generator=torch.Generator().manual_seed(timestep)).prev_sample
         ours = transition(
             state,
             output,

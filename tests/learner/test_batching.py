@@ -25,9 +25,7 @@ masks = st.tuples(*[st.integers(1, 4)] * 3, st.integers(0, 2**16)).map(
 def equal(one: RoundBatch, other: RoundBatch) -> bool:
     """True if two batches agree bit for bit."""
     names = ("latents_PGSCHW", "log_prob_PGT", "scored_PT", "reward_PG")
-    return one.prompts == other.prompts and all(
-        torch.equal(getattr(one, name), getattr(other, name)) for name in names
-    )
+    return one.prompts == other.prompts and all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
 
 
 def test_the_batch_does_not_depend_on_the_order_of_arrival(make_group: MakeGroup) -> None:

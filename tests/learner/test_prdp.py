@@ -47,9 +47,7 @@ class Outcome:
     metrics: Metrics
 
 
-def evaluate(
-    round_: Round, settings: Prdp, *, num_entries: int = 1, normaliser: int | None = None
-) -> Outcome:
+def evaluate(round_: Round, settings: Prdp, *, num_entries: int = 1, normaliser: int | None = None) -> Outcome:
     """Runs the loss as the learner does."""
 
     def loss(log_prob_PGT: Tensor) -> tuple[Tensor, Metrics]:
@@ -155,9 +153,7 @@ def test_at_the_reference_the_gradient_is_a_leave_one_out_policy_gradient() -> N
 
 
 @pytest.mark.parametrize(("latent_reduce", "time_reduce"), REDUCTIONS)
-def test_where_theta_is_old_the_window_changes_neither_loss_nor_gradient(
-    latent_reduce: str, time_reduce: str
-) -> None:
+def test_where_theta_is_old_the_window_changes_neither_loss_nor_gradient(latent_reduce: str, time_reduce: str) -> None:
     round_ = random_round()
     round_ = replace(round_, log_prob_PGT=round_.old_PGT)
     with_window, without = (
@@ -203,12 +199,8 @@ def test_siblings_that_both_moved_far_the_wrong_way_get_the_full_gradient_on_eve
 
 def test_the_window_is_centred_on_old_and_not_on_the_reference() -> None:
     ratio_PGT, reward_PG = tensor([[[5.1], [3.0]]]), tensor([[40.0, 0.0]])
-    inside = evaluate(
-        from_ratios(ratio_PGT, reward_PG, tensor([[[5.0], [3.0]]])), papers_settings(clip_eps=0.2)
-    )
-    outside = evaluate(
-        from_ratios(ratio_PGT, reward_PG, tensor([[[4.0], [3.0]]])), papers_settings(clip_eps=0.2)
-    )
+    inside = evaluate(from_ratios(ratio_PGT, reward_PG, tensor([[[5.0], [3.0]]])), papers_settings(clip_eps=0.2))
+    outside = evaluate(from_ratios(ratio_PGT, reward_PG, tensor([[[4.0], [3.0]]])), papers_settings(clip_eps=0.2))
     assert means(inside.metrics)["prdp/saturated_fraction"] == 0
     assert (inside.gradient_PGT != 0).all()
     assert means(outside.metrics)["prdp/saturated_fraction"] == 0.5
@@ -285,9 +277,7 @@ def test_a_group_of_equal_rewards_with_ties_kept_draws_its_siblings_together() -
 
 @pytest.mark.parametrize("tie_policy", ["keep", "drop"])
 @pytest.mark.parametrize("clip_eps", [None, 0.0, 1e-6])
-def test_equal_rewards_at_the_start_of_a_run_give_exactly_nothing(
-    tie_policy: str, clip_eps: float | None
-) -> None:
+def test_equal_rewards_at_the_start_of_a_run_give_exactly_nothing(tie_policy: str, clip_eps: float | None) -> None:
     round_ = from_ratios(torch.zeros(2, 4, 3, dtype=torch.float64), torch.full((2, 4), -1.5))
     outcome = evaluate(round_, papers_settings(tie_policy=tie_policy, clip_eps=clip_eps))
     assert outcome.loss == 0
@@ -348,9 +338,7 @@ def test_a_quarter_of_beta_times_the_first_gradient_is_the_leave_one_out_policy_
     reductions, at ratio 1."""
     round_, num_entries = random_round(), 16
     round_ = replace(round_, log_prob_PGT=round_.ref_PGT, old_PGT=round_.ref_PGT)
-    settings = Prdp(
-        name="prdp", kl_weight=0.3, clip_eps=1e-6, latent_reduce=latent_reduce, time_reduce=time_reduce
-    )
+    settings = Prdp(name="prdp", kl_weight=0.3, clip_eps=1e-6, latent_reduce=latent_reduce, time_reduce=time_reduce)
     log_prob = round_.ref_PGT.clone().requires_grad_()
     divisor = num_entries if latent_reduce == "latent_mean" else 1
     ratio_PGT = torch.exp((log_prob - round_.ref_PGT)[..., :-1] / divisor)

@@ -90,9 +90,7 @@ def linear_reward_loss(shift_T: Tensor, states_PGS: Tensor, beta: float = BETA) 
     """The loss of the linear reward on given trajectories, differentiable in the shifts."""
     log_prob_PGT = CHAIN.log_prob(shift_T, states_PGS)
     ref_PGT = CHAIN.log_prob(shifts(0, 0), states_PGS)
-    return prdp_loss(
-        log_prob_PGT, log_prob_PGT, ref_PGT, SLOPE * states_PGS[..., -1], papers_settings(kl_weight=beta)
-    )
+    return prdp_loss(log_prob_PGT, log_prob_PGT, ref_PGT, SLOPE * states_PGS[..., -1], papers_settings(kl_weight=beta))
 
 
 def closed_form_loss(shift_T: Tensor, *, shared_start: bool) -> Tensor:
@@ -138,9 +136,7 @@ def test_on_policy_the_gradient_is_minus_four_over_beta_times_that_of_the_regula
     beta: float, shift: tuple[float, float]
 ) -> None:
     shift_T = shifts(*shift).requires_grad_()
-    (slope_T,) = torch.autograd.grad(
-        linear_reward_loss(shift_T, sample_pairs(shift_T.detach()), beta=beta), shift_T
-    )
+    (slope_T,) = torch.autograd.grad(linear_reward_loss(shift_T, sample_pairs(shift_T.detach()), beta=beta), shift_T)
     objective_slope_T = SLOPE * REACH_T - beta * shift_T.detach() / VARIANCE_T
     torch.testing.assert_close(slope_T, -4 / beta * objective_slope_T, rtol=1e-9, atol=1e-9)
 
@@ -246,9 +242,7 @@ def test_a_window_keeps_the_same_rounds_bounded_and_near_the_optimum() -> None:
 
 @pytest.mark.parametrize("clip_eps", [None, 0.1])
 @pytest.mark.parametrize("num_updates", [1, 15])
-def test_at_a_large_kl_weight_every_variant_reaches_the_optimum(
-    clip_eps: float | None, num_updates: int
-) -> None:
+def test_at_a_large_kl_weight_every_variant_reaches_the_optimum(clip_eps: float | None, num_updates: int) -> None:
     means = train_online(GENTLE, clip_eps=clip_eps, num_updates=num_updates, num_rounds=30)
     assert sum(means[-10:]) / 10 == pytest.approx(best_mean(GENTLE), abs=0.05)
 

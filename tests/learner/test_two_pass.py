@@ -150,9 +150,7 @@ def test_skipping_items_of_weight_zero_is_exact(problem: Problem) -> None:
 def test_an_item_of_weight_zero_adds_exactly_nothing(problem: Problem) -> None:
     """How a rank with fewer passes joins the collectives of the others."""
     filler = torch.zeros((1, 3), dtype=torch.long)
-    nothing = problem.gradient(
-        lambda: surrogate(problem.score, filler, torch.zeros_like(problem.old_PGT)).backward()
-    )
+    nothing = problem.gradient(lambda: surrogate(problem.score, filler, torch.zeros_like(problem.old_PGT)).backward())
     assert torch.equal(nothing, torch.zeros_like(nothing))
 
 

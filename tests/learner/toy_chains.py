@@ -103,9 +103,7 @@ def papers_settings(**changes: object) -> Prdp:
     return Prdp.model_validate({**whole, **changes})
 
 
-def prdp_loss(
-    log_prob_PGT: Tensor, old_PGT: Tensor, ref_PGT: Tensor, reward_PG: Tensor, settings: Prdp
-) -> Tensor:
+def prdp_loss(log_prob_PGT: Tensor, old_PGT: Tensor, ref_PGT: Tensor, reward_PG: Tensor, settings: Prdp) -> Tensor:
     """The loss of groups whose steps are all scored, with one latent entry."""
     loss, _ = prdp(
         log_prob_PGT,
@@ -120,9 +118,7 @@ def prdp_loss(
     return loss
 
 
-def gradient(
-    log_prob_PGT: Tensor, old_PGT: Tensor, ref_PGT: Tensor, reward_PG: Tensor, settings: Prdp
-) -> Tensor:
+def gradient(log_prob_PGT: Tensor, old_PGT: Tensor, ref_PGT: Tensor, reward_PG: Tensor, settings: Prdp) -> Tensor:
     """dLoss/dlogp of the same, (P, G, T)."""
     _, omega, _ = differentiate(
         lambda value: (prdp_loss(value, old_PGT, ref_PGT, reward_PG, settings), {}), log_prob_PGT

@@ -17,6 +17,13 @@ from protocol.recipe import Recipe
 from protocol.recipe_file import dump_recipe, load_recipe, parse_recipe
 
 TINY = "recipes/tiny_prdp.yaml"
+FIXED = [
+    "rounds=12",
+    "sampler={num_steps: 10}",
+    "algorithm.num_updates=4",
+    "learner.micro_batch_size=64",
+]
+"""Settings that hand-computed numbers rest on, whatever the demo's tuning."""
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -158,10 +165,7 @@ def test_numbers_that_cannot_run_are_refused_with_what_value_and_expected(
 
 def test_a_window_may_be_absent_or_zero_but_must_be_chosen() -> None:
     for clip_eps in (None, 0, 1e-6):
-        assert (
-            parse_recipe(document(algorithm=prdp(clip_eps=clip_eps)), source="").algorithm.clip_eps
-            == clip_eps
-        )
+        assert parse_recipe(document(algorithm=prdp(clip_eps=clip_eps)), source="").algorithm.clip_eps == clip_eps
     without = {key: value for key, value in prdp().items() if key != "clip_eps"}
     assert "algorithm.clip_eps is missing" in refusal(document(algorithm=without))
 
@@ -221,9 +225,7 @@ def test_the_later_override_wins(tmp_path: Path) -> None:
 
 
 @given(st.floats(1e-12, 1e12))
-def test_numbers_in_exponent_notation_are_numbers(
-    tmp_path_factory: pytest.TempPathFactory, value: float
-) -> None:
+def test_numbers_in_exponent_notation_are_numbers(tmp_path_factory: pytest.TempPathFactory, value: float) -> None:
     """YAML 1.1 reads 1e-4, without a dot, as text."""
     recipe = load(tmp_path_factory.mktemp("recipe"), f"algorithm.kl_weight={value:.0e}")
     assert recipe.algorithm.kl_weight == float(f"{value:.0e}")
@@ -337,7 +339,7 @@ def test_what_weights_do_not_depend_on_is_no_part_of_a_recipes_identity(override
         "batch.num_groups=48",
         "batch.group_size=4",
         "sampler.kernel=ddpm",
-        "sampler.num_steps=5",
+        "sampler.num_steps=7",
         "sampler.eta=0.5",
         "sampler.guidance_scale=2",
         "sampler.last_step=clamp",
@@ -386,7 +388,7 @@ def derive(model_folder: Path, *overrides: str) -> dict[str, str]:
     """The tiny recipe's derived numbers on the given model."""
     prompts = model_folder.parent / "prompts.txt"
     return derived_numbers(
-        load_recipe(TINY, [f"model.path={model_folder}", f"prompts.train={prompts}", *overrides])
+        load_recipe(TINY, [f"model.path={model_folder}", f"prompts.train={prompts}", *FIXED, *overrides])
     )
 
 
