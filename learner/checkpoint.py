@@ -46,10 +46,11 @@ class Checkpoint:
 
 
 def checkpoints_in(run_dir: Path) -> list[Checkpoint]:
-    """Returns the complete checkpoints of a run, oldest first."""
+    """Returns the complete checkpoints of a run, oldest first; what a crash left half deleted is passed over."""
     return [
         Checkpoint(folder, Meta(**json.loads((folder / "meta.json").read_text())))
         for folder in sorted((run_dir / "checkpoints").glob(f"{PREFIX}*"))
+        if (folder / "meta.json").is_file()
     ]
 
 
