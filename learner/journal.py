@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,17 @@ class Journal:
                 os.fsync(file.fileno())
 
 
-def ledger_row(round_: int, receipts: Sequence[Receipt], published_digest: str) -> dict[str, Any]:
-    """Returns which groups a round consumed, what sampled them, and the digest that came of it."""
+def ledger_row(
+    round_: int, receipts: Sequence[Receipt], published_digest: str, counts: Counts, world_size: int
+) -> dict[str, Any]:
+    """Returns which groups a round consumed, who made each and on what, and the digest that came of it.
+
+    `checksums`, `workers` and `fingerprint_of` have one entry a ticket; the last is a position in `fingerprints`.
+    """
     versions = {(receipt.version, receipt.weights_digest) for receipt in receipts}
     assert len(versions) == 1, "a round is sampled with one version"
     ((version, digest),) = versions
+    fingerprints = sorted({receipt.fingerprint for receipt in receipts})
     return {
         "round": round_,
         "version": version,
@@ -46,8 +51,11 @@ def ledger_row(round_: int, receipts: Sequence[Receipt], published_digest: str) 
         "published_digest": published_digest,
         "tickets": [receipt.ticket_id for receipt in receipts],
         "checksums": [receipt.checksum for receipt in receipts],
-        "workers": dict(Counter(receipt.worker for receipt in receipts)),
-        "fingerprints": sorted({receipt.fingerprint for receipt in receipts}),
+        "workers": [receipt.worker for receipt in receipts],
+        "fingerprint_of": [fingerprints.index(receipt.fingerprint) for receipt in receipts],
+        "fingerprints": fingerprints,
+        "made_good": vars(counts).copy(),
+        "world_size": world_size,
     }
 
 

@@ -204,7 +204,7 @@ class LearnerRank:
             times=self._times(receipts, learner_s, wait_s),
             costs=self._costs(receipts),
         )
-        self._journal.write(metrics, ledger_row(self._round, receipts, digest))
+        self._journal.write(metrics, ledger_row(self._round, receipts, digest, counts, self._engine.world_size))
 
     def _times(self, receipts: list[Receipt], learner_s: float, wait_s: float) -> dict[str, float]:
         """rollout_s and reward_s add up over the round's groups, whoever made them."""

@@ -56,7 +56,7 @@ def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path: Path, torn_at: int) 
         assert [row["round"] for row in lines(tmp_path / name)] == list(range(5))
 
 
-def receipt(index: int, *, worker: str = "0@host", version: int = 2) -> Receipt:
+def receipt(index: int, *, worker: str = "0@host", version: int = 2, device: str = "cpu") -> Receipt:
     rewards = (1.0 * index, 2.0 * index + 1)
     return Receipt(
         ticket_id=f"000003-{index:04d}",
@@ -64,25 +64,29 @@ def receipt(index: int, *, worker: str = "0@host", version: int = 2) -> Receipt:
         weights_digest="aa",
         checksum=f"sum{index}",
         worker=worker,
-        fingerprint='{"device":"cpu"}',
+        fingerprint=json.dumps({"device": device}),
         rollout_s=0.5,
         reward_s=0.1,
         rewards={"mean": rewards, "sharp": tuple(reward / 2 for reward in rewards)},
     )
 
 
-def test_the_ledger_says_which_groups_a_round_consumed_and_who_made_them() -> None:
-    row = ledger_row(3, [receipt(0), receipt(1, worker="1@other"), receipt(2)], "bb")
+def test_the_ledger_says_which_groups_a_round_consumed_and_who_made_each_on_what() -> None:
+    receipts = [receipt(0, device="gpu"), receipt(1, worker="1@other"), receipt(2)]
+    row = ledger_row(3, receipts, "bb", Counts(duplicate=1, reissued=2), 2)
     assert row["tickets"] == ["000003-0000", "000003-0001", "000003-0002"]
     assert row["checksums"] == ["sum0", "sum1", "sum2"]
-    assert row["workers"] == {"0@host": 2, "1@other": 1}
+    assert row["workers"] == ["0@host", "1@other", "0@host"]
+    assert [row["fingerprints"][number] for number in row["fingerprint_of"]] == [r.fingerprint for r in receipts]
     assert (row["version"], row["digest"]) == (2, "aa")
     assert (row["published_version"], row["published_digest"]) == (4, "bb")
+    assert row["made_good"] == {"duplicate": 1, "reissued": 2, "dead_letter": 0, "stale": 0}
+    assert row["world_size"] == 2
 
 
 def test_a_round_of_two_versions_is_a_defect_of_ours() -> None:
     with pytest.raises(AssertionError, match="one version"):
-        ledger_row(3, [receipt(0), receipt(1, version=3)], "bb")
+        ledger_row(3, [receipt(0), receipt(1, version=3)], "bb", Counts(), 1)
 
 
 def metrics(**changes: Any) -> dict[str, Any]:
