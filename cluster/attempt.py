@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,11 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster import launch
+from cluster.crew import Crew
 from cluster.grids import save_grid, side_by_side
 from cluster.launch import Endpoint
+from cluster.pulse import Pulse, Services
+from cluster.redis_server import RedisKeeper
 from cluster.run_dir import RunDir
 from learner.checkpoint import latest_checkpoint
 from protocol.derived import image_size
@@ -53,25 +57,26 @@ class Attempt:
         self._status, self._show = status, show
         self._endpoint = Endpoint(url, run_dir.run_id, run_dir.attempt, recipe.num_shards, recipe.redis.timeout_s)
         self._streams: Streams = self._endpoint.open()
-        self._rollouts: dict[str, Any] = {}
-        self._runs: dict[Any, str] = {}
+        self._crew = Crew(self._start_rollout)
+        self._num_lost: Counter[str] = Counter()
         self._actors: list[Any] = []
         self._group: Any = None
-        self._learner_seen: dict[str, Any] = {}
-        self._learner_moved_at = time.monotonic()
+        self._pulse = Pulse()
 
-    def run(self, revive_redis: Callable[[], None]) -> None:
+    def run(self, redis: RedisKeeper) -> None:
         """Starts everything, watches until the learner is done, and stops everything."""
         self._streams.delete_older_attempts()
         self._streams.open()
         try:
             training = self._start()
-            self._watch(training, revive_redis)
-            self._stop_rollouts()
+            self._watch(training, redis)
+            self._tell("finishing")
+            self._crew.stop()
             self._draw_grid(self._recipe.rounds)
         finally:
-            launch.stop_actors([*self._actors, *self._rollouts.values()], self._group)
-            self._streams.delete_attempt()
+            launch.stop_actors([*self._actors, *self._crew.actors], self._group)
+            with suppress(RedisError):  # Left behind, the keys are deleted by the next attempt.
+                self._streams.delete_attempt()
 
     def _start(self) -> list[Any]:
         """Starts all roles at once, since each takes seconds to import; returns the ranks' training calls."""
@@ -80,13 +85,15 @@ class Attempt:
         self._store = launch.start_store(recipe)
         self._pools = launch.start_rewards(recipe)
         ranks, self._group = launch.start_learners(recipe)
-        self._actors = [self._store, *ranks, *(actor for pool in self._pools for actor in pool.actors)]
-        for number in range(recipe.rollouts):
-            self._start_rollout(str(number))
-        self._wait_until_built(self._join(ranks))
+        services = {f"reward/{p.settings.label}/{n}": actor for p in self._pools for n, actor in enumerate(p.actors)}
+        self._services = Services({"weight store": self._store, **services})
+        self._ranks = [f"learner/{rank}" for rank in range(len(ranks))]
+        self._actors = [self._store, *ranks, *services.values()]
+        built = self._crew.hire(self._run_dir.wanted_rollouts() or recipe.rollouts)
+        self._wait_until_built([*built, *self._join(ranks)])
         if not (self._run_dir.path / "samples" / "round-000000.png").exists():
             self._draw_grid(0)
-        self._runs = {actor.run.remote(): name for name, actor in self._rollouts.items()}
+        self._crew.run()
         self._tell("training")
         return [rank.train.remote() for rank in ranks]
 
@@ -99,12 +106,11 @@ class Attempt:
             for rank, actor in enumerate(ranks)
         ]
 
-    def _wait_until_built(self, joined: list[Any]) -> None:
+    def _wait_until_built(self, refs: list[Any]) -> None:
         """Also tries every reward once: one that cannot score is refused before anything is sampled."""
         size = image_size(model_source(self._recipe.model.path)) or USUAL_IMAGE_SIZE
         probes = [actor.probe.remote(self._plan.prompts[:1], size) for pool in self._pools for actor in pool.actors]
-        built = [actor.build.remote() for actor in self._rollouts.values()]
-        for ref in [*probes, *built, *joined]:
+        for ref in [*probes, *refs]:
             self._first(ref)
 
     def _first(self, ref: Any) -> Any:
@@ -114,22 +120,24 @@ class Attempt:
         except RayError as error:
             raise start_error(error) from error
 
-    def _start_rollout(self, name: str) -> None:
-        self._rollouts[name] = launch.start_rollout(name, self._recipe, self._endpoint, self._store, self._pools)
+    def _start_rollout(self, name: str) -> Any:
+        return launch.start_rollout(name, self._recipe, self._endpoint, self._store, self._pools)
 
-    def _watch(self, training: list[Any], revive_redis: Callable[[], None]) -> None:
+    def _watch(self, training: list[Any], redis: RedisKeeper) -> None:
         """Returns when every rank is done. Raises an error of ours, or LearnerLostError."""
         waiting = list(training)
         while waiting:
-            done, _ = ray.wait([*waiting, *self._runs], num_returns=1, timeout=POLL_S)
+            done, _ = ray.wait([*waiting, *self._crew.runs], num_returns=1, timeout=POLL_S)
             for ref in done:
-                if ref in self._runs:
-                    self._restart_rollout(ref)
-                else:
+                if ref in waiting:
                     self._check_rank(ref)
                     waiting.remove(ref)
-            revive_redis()
-            self._look()
+                else:
+                    self._check_rollout(ref)
+            redis.start()
+            self._look(redis)
+            if wanted := self._run_dir.wanted_rollouts():
+                self._crew.resize(wanted)
 
     def _check_rank(self, ref: Any) -> None:
         try:
@@ -137,42 +145,53 @@ class Attempt:
         except RayError as error:
             raise own_error(error) or LearnerLostError(first_line(error)) from error
 
-    def _restart_rollout(self, ref: Any) -> None:
-        name = self._runs.pop(ref)
-        try:
-            ray.get(ref)
+    def _check_rollout(self, ref: Any) -> None:
+        name, lost = self._crew.ended(ref)
+        if lost is None:
             return
-        except RayError as error:
-            if ours := own_error(error):
-                raise ours from error
-            lost = error
-        if self._status.restarts >= self._recipe.supervision.max_restarts * self._recipe.rollouts:
+        if ours := own_error(lost):
+            raise ours from lost
+        self._num_lost[name] += 1
+        if self._num_lost[name] > self._recipe.supervision.max_restarts:
             raise TrainingError(f"rollout actor {name} was lost too often; the last error: {first_line(lost)}")
         self._status.restarts += 1
-        self._start_rollout(name)
-        self._runs[self._rollouts[name].build_and_run.remote()] = name
+        self._pulse.forgive(f"rollout/{name}")
+        self._crew.replace(name)
 
-    def _look(self) -> None:
-        """Reads what the roles say of themselves, shows it, and notices a learner that stands still."""
+    def _look(self, redis: RedisKeeper) -> None:
+        """Reads what the roles say of themselves, shows it, and restarts whoever stands still."""
+        bounds = self._recipe.supervision
         try:
-            self._status.progress = self._streams.progress()
-            depth = self._streams.queue_depth()
+            said, depth = self._streams.progress(), self._streams.queue_depth()
         except RedisError:
+            # What roles say comes through Redis: while it is away, nobody can be judged.
+            silent_s = self._pulse.silent_s("redis")
+            self._pulse.forgive_all_but("redis")
+            if silent_s > bounds.answer_timeout_s:
+                self._pulse.forgive("redis")
+                redis.restart()
             return
+        self._pulse.forgive("redis")
+        self._pulse.hear(said)
+        rollouts = {f"rollout/{name}": name for name in self._crew.names}
+        self._status.progress = {role: words for role, words in said.items() if role in {*self._ranks, *rollouts}}
         self._status.queue = f"{depth.waiting} waiting, {depth.claimed} claimed"
         self._show(self._status)
-        learner = {role: said for role, said in self._status.progress.items() if role.startswith("learner/")}
-        if learner != self._learner_seen:
-            self._learner_seen, self._learner_moved_at = learner, time.monotonic()
-        stalled_s = time.monotonic() - self._learner_moved_at
-        if stalled_s > self._recipe.supervision.stall_timeout_s:
-            raise LearnerLostError(f"no progress for {stalled_s:.0f} s")
+        for role in self._pulse.still(self._ranks, bounds.stall_timeout_s):
+            raise LearnerLostError(f"{role} made no progress for {self._pulse.silent_s(role):.0f} s")
+        for role in self._pulse.still(rollouts, bounds.stall_timeout_s):
+            self._pulse.forgive(role)
+            self._crew.kill(rollouts[role])
+        self._look_after_services(bounds.answer_timeout_s)
 
-    def _stop_rollouts(self) -> None:
-        """Lets workers finish what is in hand, so that one of them is free to draw."""
-        self._tell("finishing")
-        ray.get([actor.stop.remote() for actor in self._rollouts.values()])
-        ray.wait(list(self._runs), num_returns=len(self._runs), timeout=30.0)
+    def _look_after_services(self, answer_timeout_s: float) -> None:
+        answers = self._services.answers()
+        self._pulse.hear(answers)
+        still = self._pulse.still(answers, answer_timeout_s)
+        self._services.restart(still)
+        for name in still:
+            self._pulse.forgive(name)
+        self._status.restarts += len(still)
 
     def _draw_grid(self, round_: int) -> None:
         """Samples the same prompts and seeds before and after, for people to look at."""
@@ -183,7 +202,7 @@ class Attempt:
         prompts = read_prompts(prompts_file)
         prompts = prompts[:: max(1, len(prompts) // wanted)][:wanted]
         self._tell("drawing samples")
-        rows = self._first(next(iter(self._rollouts.values())).draw_grid.remote(prompts, data))
+        rows = self._first(self._crew.actors[0].draw_grid.remote(prompts, data))
         samples = self._run_dir.path / "samples"
         before, now = samples / "round-000000.png", samples / f"round-{round_:06d}.png"
         save_grid(rows, now)

@@ -1,11 +1,12 @@
-"""The command line. Imports stay light here: `--help`, `--dry-run` and `digest` need no torch and no Ray."""
+"""The command line. Imports stay light here: `--help`, `--dry-run`, `digest` and `verify` need no torch and
+no Ray."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sfumato {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_train, _add_evaluate, _add_sample, _add_digest):
+    for add in (_add_train, _add_scale, _add_evaluate, _add_sample, _add_digest, _add_verify):
         command = add(commands)
         command.add_argument("--debug", action="store_true", help="show tracebacks and the logs of all processes")
     return parser
@@ -77,6 +78,14 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--dry-run", action="store_true", help="check everything, print every derived number, start nothing"
     )
     command.set_defaults(command=_train)
+    return command
+
+
+def _add_scale(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    command = commands.add_parser("scale", help="give a run that is going on more or fewer rollout actors")
+    command.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    command.add_argument("num_rollouts", metavar="N", type=int, help="how many rollout actors it is to have")
+    command.set_defaults(command=_scale)
     return command
 
 
@@ -110,8 +119,19 @@ def _add_digest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     return command
 
 
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    command = commands.add_parser("verify", help="check what a run has written, and make groups of it again")
+    command.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    command.add_argument(
+        "--replay", type=int, metavar="K", help="also sample and score K groups again and compare their bits"
+    )
+    command.add_argument("--seed", type=int, default=0, help="seed of the choice of groups (default 0)")
+    command.set_defaults(command=_verify)
+    return command
+
+
 def _train(options: argparse.Namespace) -> None:
-    from protocol.derived import check_before_start
+    from protocol.derived import check_before_start, derived_numbers
     from protocol.errors import RunDirError
     from protocol.recipe_file import load_recipe
     from rewards.loading import check_exists
@@ -120,7 +140,7 @@ def _train(options: argparse.Namespace) -> None:
     check_before_start(recipe)
     for reward in (*recipe.rewards, *recipe.evaluation.rewards):
         check_exists(reward.name)
-    _print_derived(recipe)
+    _print_numbers(derived_numbers(recipe))
     if options.dry_run:
         return
     if options.resume and options.run_dir is None:
@@ -128,10 +148,7 @@ def _train(options: argparse.Namespace) -> None:
     _start(recipe, options)
 
 
-def _print_derived(recipe: Recipe) -> None:
-    from protocol.derived import derived_numbers
-
-    numbers = derived_numbers(recipe)
+def _print_numbers(numbers: Mapping[str, str]) -> None:
     width = max(map(len, numbers))
     for name, value in numbers.items():
         print(f"  {name:<{width}}  {value}")
@@ -149,11 +166,20 @@ def _start(recipe: Recipe, options: argparse.Namespace) -> None:
     run_dir = RunDir(options.run_dir or default_run_dir(options.recipe), recipe, resume=options.resume)
     try:
         print(f"run directory: {run_dir.path}", flush=True)
+        if run_dir.notice:
+            print(f"note: {run_dir.notice}", flush=True)
         with display(recipe, run_dir.path) as show:
             Driver(recipe, run_dir, show, debug=options.debug).run()
     finally:
         run_dir.release()
     print(f"done: {run_dir.path}")
+
+
+def _scale(options: argparse.Namespace) -> None:
+    from cluster.run_dir import scale
+
+    scale(options.run, options.num_rollouts)
+    print(f"the driver of {options.run} was asked for {options.num_rollouts} rollout actors")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -189,3 +215,17 @@ def _digest(options: argparse.Namespace) -> None:
     version, digest = digest_of(options.run, options.version)
     print(f"version {version}")
     print(digest)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    if options.replay is not None and options.replay < 1:
+        raise RecipeError("--replay is too small", value=options.replay, expected="1 or more")
+    from cluster.verify import summary, verify_record
+
+    record = verify_record(options.run)
+    _print_numbers(summary(record))
+    if options.replay is None:
+        return
+    from cluster.replay import replay
+
+    _print_numbers(replay(record, options.replay, options.seed))

@@ -1,19 +1,20 @@
 """The driver: starts a run's roles, watches them, restarts what dies, and ends the run cleanly.
 
 attempt:  Redis keys + weight store + reward actors + rollout actors + the learner gang
-    a rollout actor dies       it alone is started again
+    a rollout actor            it alone is started again
     a reward actor or the      Ray starts it again; whoever waited asks again
-    weight store dies
-    a learner rank dies, or    everything is stopped, and the next attempt goes on from the newest checkpoint
-    stalls
-    the embedded Redis dies    it is started again, empty; lost tickets are issued again
+    weight store
+    a learner rank             everything is stopped, and the next attempt goes on from the newest checkpoint
+    the embedded Redis         it is started again, empty; lost tickets are issued again
+
+Each counts as lost when its process dies, and also when it lives but makes no progress (gives no answer) for as long
+as the recipe's `supervision` says.
     an error of ours           the run stops with it: starting again would meet it again
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import ray
 
 from cluster import launch
 from cluster.attempt import Attempt, LearnerLostError, Show, Status
-from cluster.redis_server import RedisServer
+from cluster.redis_server import ForeignRedis, RedisKeeper, RedisServer
 from cluster.run_dir import RunDir
 from protocol.derived import MIN_REDIS_BYTES, in_flight_bytes, latent_shape, redis_bytes
 from protocol.errors import RedisError, TrainingError
@@ -45,14 +46,14 @@ class Driver:
     def run(self) -> None:
         """Runs attempts until the rounds are done. Raises the run's last error when restarts are used up."""
         with ExitStack() as stack:
-            url, revive_redis = self._redis(stack)
+            url, redis = self._redis(stack)
             launch.connect_ray(self._recipe, debug=self._debug)
             stack.callback(ray.shutdown)
             launch.check_cluster(self._recipe)
             while True:
                 try:
                     attempt = Attempt(self._recipe, self._run_dir, self._plan, url, self._status, self._show)
-                    attempt.run(revive_redis)
+                    attempt.run(redis)
                     return
                 except LearnerLostError as error:
                     self._count_restart(error)
@@ -68,16 +69,16 @@ class Driver:
         self._status.phase = f"restarting the learner ({error})"
         self._show(self._status)
 
-    def _redis(self, stack: ExitStack) -> tuple[str, Callable[[], None]]:
+    def _redis(self, stack: ExitStack) -> tuple[str, RedisKeeper]:
         """Returns the URL of the recipe's server, checked, or that of an embedded one that lives as long as we,
-        and what starts that again should it die: it comes back empty, and what it held is made again."""
+        and what starts that again should it die or hang: it comes back empty, and what it held is made again."""
         redis, shape_CHW = self._recipe.redis, latent_shape(model_source(self._recipe.model.path))
         if redis.url is None:
             maxmemory = redis_bytes(self._recipe, shape_CHW) if shape_CHW else redis.maxmemory_bytes
             server = stack.enter_context(RedisServer(log_dir=self._run_dir.path, maxmemory_bytes=maxmemory))
-            return server.url, server.start
+            return server.url, server
         check_redis(self._recipe)
-        return redis.url, lambda: None
+        return redis.url, ForeignRedis()
 
 
 def check_redis(recipe: Recipe) -> None:

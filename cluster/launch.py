@@ -23,9 +23,15 @@ from protocol.recipe import Placement, Recipe, Reward
 from protocol.stream import Streams, connect
 from protocol.tickets import Ticket, TicketPlan
 
+HEALTH = "health"
+"""The thread of an actor that answers pings."""
+
 ROLE_RESTARTS = 10
 """How often Ray restarts a weight store or a reward actor: they hold nothing that cannot be had again."""
 
+
+MORE_ROLLOUTS = 16
+"""How many rollout actors a laptop's run may be scaled up by."""
 
 FETCH_EVERY_S = 0.2
 
@@ -158,6 +164,10 @@ class RewardProcess:
         """Returns (G,) fp32 scores."""
         return self._actor.score(images, prompt)
 
+    @ray.method(concurrency_group=HEALTH)
+    def ping(self) -> None:
+        """Answers also while a score is computed."""
+
     @functools.cached_property
     def _actor(self) -> Any:
         from actors.reward_actor import RewardActor
@@ -183,6 +193,7 @@ def connect_ray(recipe: Recipe, *, debug: bool) -> None:
 def local_options(recipe: Recipe) -> dict[str, Any]:
     """A laptop's Ray has as many CPUs as the roles ask for: they share what cores there are."""
     wanted = sum(placement.num_cpus * count for placement, count in roles(recipe))
+    wanted += MORE_ROLLOUTS * recipe.rollout_worker.num_cpus
     return {"address": "local", "num_cpus": max(int(wanted + 1), os.cpu_count() or 1), "include_dashboard": False}
 
 
@@ -228,13 +239,13 @@ def device_of(placement: Placement) -> str:
 
 def start_store(recipe: Recipe) -> Any:
     """Starts the weight store. One version more than may be asked for, since the next comes before it is due."""
-    remote = ray.remote(WeightStore)
+    remote = ray.remote(concurrency_groups={HEALTH: 1})(WeightStore)
     return remote.options(num_cpus=0, max_restarts=ROLE_RESTARTS, max_task_retries=-1).remote(recipe.lag + 2)
 
 
 def start_rewards(recipe: Recipe) -> list[RewardPool]:
     """Starts every reward's pool."""
-    remote = ray.remote(RewardProcess)
+    remote = ray.remote(concurrency_groups={HEALTH: 1})(RewardProcess)
     return [
         RewardPool(
             reward,

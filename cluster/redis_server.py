@@ -30,7 +30,7 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import redis
 from redis.backoff import NoBackoff
@@ -85,13 +85,44 @@ def _version_of(binary: Path) -> tuple[int, ...]:
     return (int(numbers[1]), int(numbers[2])) if numbers else ()
 
 
+class RedisKeeper(Protocol):
+    """What a driver can do about its Redis."""
+
+    def start(self) -> None:
+        """Starts the server if it has ended."""
+        ...
+
+    def restart(self) -> None:
+        """Replaces the server by an empty one."""
+        ...
+
+
+class ForeignRedis:
+    """A server that somebody else looks after: it is waited for."""
+
+    def start(self) -> None:
+        """Does nothing."""
+
+    def restart(self) -> None:
+        """Does nothing."""
+
+
 class RedisServer:
     """One server process. `with RedisServer(log_dir) as server: connect(server.url, timeout_s=5)`.
 
     `host` is the address to listen on: loopback for one machine, the private address for a cluster.
+    `binary` is the program to run; None stands for the one that `find_redis_server` finds at each start.
     """
 
-    def __init__(self, log_dir: Path, *, host: str = "127.0.0.1", maxmemory_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        log_dir: Path,
+        *,
+        host: str = "127.0.0.1",
+        maxmemory_bytes: int | None = None,
+        binary: Path | None = None,
+    ) -> None:
+        self._binary = binary
         self._log = log_dir.absolute() / "redis.log"
         self._host = host
         self._maxmemory_bytes = maxmemory_bytes
@@ -124,7 +155,7 @@ class RedisServer:
         """Starts the server and returns when it answers. Does nothing if it runs."""
         if self.pid is not None:
             return
-        binary = find_redis_server()
+        binary = self._binary or find_redis_server()
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._port = self._port or free_port(self._host)
         self._process = _spawn(binary, self._config(), self._log)

@@ -4,6 +4,7 @@ recipe.yaml  run.json  prompts.txt      what the run is
 metrics.jsonl  ledger.jsonl             a line a round
 checkpoints/  samples/  export/         state, pictures, and weights for other tools
 .lock                                   held while a driver lives
+.rollouts                               how many rollout actors `sfumato scale` asked for
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from typing import Any
 
 import yaml
 
-from protocol.errors import RunDirError
+from protocol.errors import RecipeError, RunDirError
 from protocol.paths import find_file
-from protocol.recipe import Recipe
+from protocol.recipe import LAYOUT, Recipe
 from protocol.recipe_file import dump_recipe, parse_recipe
 from protocol.stream import redacted_url
 
+SCALE_FILE = ".rollouts"
 RAY_SESSION = re.compile(r"/ray/session_[^/]+(/|$)")
 
 
@@ -35,8 +37,10 @@ class RunDir:
         """Makes a new run's directory, or takes up an old one's. Raises RunDirError and changes nothing then."""
         self.path = path.expanduser().absolute()
         _refuse_ray_session(self.path)
+        self.notice: str | None = None
         if resume:
             _refuse_other_recipe(self.path, recipe)
+            self.notice = _layout_change(read_recipe(self.path), recipe)
         else:
             _refuse_taken(self.path)
         _make(self.path)
@@ -45,6 +49,7 @@ class RunDir:
         self.run_id: str = before["run_id"] if before else uuid.uuid4().hex[:12]
         self.attempt: int = before["attempt"] if before else -1
         self.next_attempt()
+        (self.path / SCALE_FILE).unlink(missing_ok=True)
         if before is None:
             (self.path / "prompts.txt").write_bytes(find_file(recipe.prompts.train).read_bytes())
         _write(self.path / "recipe.yaml", dump_recipe(_without_password(recipe)))
@@ -53,6 +58,13 @@ class RunDir:
     def prompts_file(self) -> Path:
         """The training prompts as they were when the run was made: a changed file must not change the run."""
         return self.path / "prompts.txt"
+
+    def wanted_rollouts(self) -> int | None:
+        """Returns how many rollout actors `sfumato scale` has asked this driver for, if it has."""
+        try:
+            return int((self.path / SCALE_FILE).read_text())
+        except FileNotFoundError:
+            return None
 
     def next_attempt(self) -> int:
         """Counts a new attempt, whose Redis keys are its own. Returns its number."""
@@ -74,6 +86,29 @@ def read_recipe(run_dir: Path) -> Recipe:
             "this is not a run directory", value=str(run_dir), expected="a folder that `sfumato train` has made"
         )
     return parse_recipe(yaml.safe_load(file.read_text()), source=str(file))
+
+
+def scale(run_dir: Path, num_rollouts: int) -> None:
+    """Asks the driver of a run for another number of rollout actors. Raises RecipeError or RunDirError."""
+    read_recipe(run_dir)
+    if num_rollouts < 1:
+        raise RecipeError("a run needs rollout actors", value=num_rollouts, expected="1 or more")
+    if not _is_driven(run_dir):
+        raise RunDirError(
+            "no driver is running this run, so there is nothing to scale",
+            value=str(run_dir),
+            do="resume it with rollouts=N",
+        )
+    _write(run_dir / SCALE_FILE, str(num_rollouts))
+
+
+def _is_driven(run_dir: Path) -> bool:
+    with (run_dir / ".lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _read_run(path: Path) -> dict[str, Any]:
@@ -127,9 +162,17 @@ def _refuse_other_recipe(path: Path, recipe: Recipe) -> None:
     if differing:
         raise RunDirError(
             f"the run in {path} was made with another recipe, which differs in {', '.join(differing)}",
-            expected="the same recipe: a run is a function of it (rounds, rollouts, redis, placement may change)",
+            expected="the same recipe: a run is a function of it (rounds, rollouts, redis, placement and the learner's "
+            "layout may change)",
             do="resume with the run's own recipe.yaml, or start a new run in another --run-dir",
         )
+
+
+def _layout_change(old: Recipe, new: Recipe) -> str | None:
+    """Returns what a person should know who resumes with another layout of the learner."""
+    changed = [name for name in LAYOUT if getattr(old.learner, name) != getattr(new.learner, name)]
+    told = ", ".join(f"{name} {getattr(old.learner, name)} -> {getattr(new.learner, name)}" for name in changed)
+    return f"the learner's layout changes ({told}): from here on weights differ in the last bits" if changed else None
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:

@@ -65,10 +65,19 @@ class PendingGroupScores:
             try:
                 score_G: np.ndarray = ray.get(ref, timeout=settings.timeout_s)
                 return score_G
-            except (GetTimeoutError, RayActorError, RayTaskError) as error:
+            except (GetTimeoutError, RayTaskError) as error:
+                last: Exception = error
+            except RayActorError as error:
                 last = error
+                _wait_until_any_answers(pool)
             ref = self._ask(pool, attempt)
         raise _explain(settings, self._prompt, last)
+
+
+def _wait_until_any_answers(pool: RewardPool) -> None:
+    """Gives Ray the time to restart a lost actor, so that asking again is not asking the dead."""
+    pings = [actor.ping.options(max_task_retries=-1).remote() for actor in pool.actors]
+    ray.wait(pings, num_returns=1, timeout=pool.settings.timeout_s)
 
 
 def _explain(settings: Reward, prompt: str, error: Exception) -> SfumatoError:

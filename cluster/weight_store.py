@@ -29,6 +29,10 @@ class WeightStore:
         """Returns the versions that are here."""
         return set(self._refs)
 
+    @ray.method(concurrency_group="health")
+    def ping(self) -> None:
+        """Answers also while bytes are stored."""
+
     def fetch(self, digest: str) -> list[Any]:
         """Returns [reference to the bytes] of the version with a digest, or [] if it is not here.
 

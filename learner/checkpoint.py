@@ -2,7 +2,8 @@
 
 checkpoints/round-000010/     written as .tmp-round-000010, then renamed
     meta.json                 rounds done, steps, digests, what the state fits
-    state/                    DeepSpeed's files: for *resume* only
+    state/                    DeepSpeed's files: for *resume* with the same number of ranks, bit for bit
+    consolidated.safetensors  fp32 masters and moments, whole: for *resume* with any other layout
     versions/000010.safetensors   published bytes of the last lag + 1 versions: for resume and *inference*
 """
 
@@ -11,12 +12,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from protocol.errors import RunDirError
 
 PREFIX = "round-"
+CONSOLIDATED = "consolidated.safetensors"
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def begin(run_dir: Path, round_: int) -> Path:
     return folder
 
 
-def commit(folder: Path, meta: Meta, versions: dict[int, bytes], keep_last: int) -> Checkpoint:
+def commit(folder: Path, meta: Meta, versions: Mapping[int, bytes], keep_last: int) -> Checkpoint:
     """Completes a checkpoint in one rename, then deletes all but the newest `keep_last`."""
     for version, data in versions.items():
         (folder / "versions" / f"{version:06d}.safetensors").write_bytes(data)
@@ -85,17 +88,19 @@ def commit(folder: Path, meta: Meta, versions: dict[int, bytes], keep_last: int)
     return Checkpoint(final, meta)
 
 
-def check_fits(meta: Meta, *, world_size: int, zero_stage: int, precision: str) -> None:
-    """Raises RunDirError unless DeepSpeed can read the state with this layout."""
-    made_with = (meta.world_size, meta.zero_stage, meta.precision)
-    if made_with == (world_size, zero_stage, precision):
-        return
-    raise RunDirError(
-        "the checkpoint was made with another learner.world_size, zero_stage or precision",
-        value=(world_size, zero_stage, precision),
-        expected=str(made_with),
-        do="resume with the values that the run was started with",
-    )
+def is_native(meta: Meta, *, world_size: int, zero_stage: int, precision: str) -> bool:
+    """True if DeepSpeed can read the state with this layout; otherwise the consolidated one is to be used.
+
+    Raises RunDirError for another precision: rollouts compute in it too, so it is another run.
+    """
+    if meta.precision != precision:
+        raise RunDirError(
+            "the checkpoint was made with another learner.precision",
+            value=precision,
+            expected=meta.precision,
+            do="resume with the value that the run was started with",
+        )
+    return (meta.world_size, meta.zero_stage) == (world_size, zero_stage)
 
 
 def _remove(checkpoint: Path) -> None:

@@ -109,10 +109,10 @@ class Collector:
         ticket = order.tickets.get(content.ticket_id) if order else None
         if order is None or ticket is None:
             self._sort_out(content)
-        elif content.ticket_id in order.groups:
-            self._compare(order.receipts[content.ticket_id], content)
         elif content.version != ticket.version:
             self._replace(content.ticket_id, "stale")
+        elif content.ticket_id in order.groups:
+            self._compare(order.receipts[content.ticket_id], content)
         elif name := content.non_finite_field():
             self._bury(content, f"{name} holds NaN or an infinity")
         else:
@@ -122,8 +122,9 @@ class Collector:
 
     def _sort_out(self, group: Group) -> None:
         """A copy of what was already learnt from, or something that nobody ordered."""
-        if group.ticket_id in self._answered:
-            self._compare(self._answered[group.ticket_id], group)
+        first = self._answered.get(group.ticket_id)
+        if first and first.version == group.version:
+            self._compare(first, group)
         else:
             self.counts.stale += 1
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from diffusion.chain import Chain
 from diffusion.policy import Policy
@@ -84,15 +86,29 @@ class LearnerRank:
         if found is None:
             self._keep_version(0)
             return
-        meta, learner = found.meta, self._recipe.learner
-        checkpoint.check_fits(
-            meta, world_size=learner.world_size, zero_stage=learner.zero_stage, precision=learner.precision
-        )
-        self._engine.load(found.folder / "state")
+        meta = found.meta
+        self._restore_engine(found)
         self._round, self._step, self._skipped = meta.round, meta.step, meta.skipped_updates
         for version in sorted(map(int, meta.digests)):
             self._versions.keep(version, unpack(found.version_bytes(version)))
         self._check_restored(meta)
+
+    def _restore_engine(self, found: checkpoint.Checkpoint) -> None:
+        learner = self._recipe.learner
+        layout = {"world_size": learner.world_size, "zero_stage": learner.zero_stage}
+        if checkpoint.is_native(found.meta, **layout, precision=learner.precision):
+            self._engine.load(found.folder / "state")
+        else:
+            whole = load_file(found.folder / checkpoint.CONSOLIDATED)
+            self._engine.load_consolidated(whole, found.meta.step, self._reach_all)
+
+    def _reach_all(self) -> Tensor:
+        """A loss whose graph holds every trained parameter."""
+        states, timesteps = torch.zeros(1, *self._policy.latent_shape_CHW), torch.zeros(1, dtype=torch.long)
+        embedding = self._policy.embed("")[None]
+        return self._policy.predict(
+            self._engine.denoiser, states.to(self._device), timesteps.to(self._device), embedding, 1.0
+        ).sum()
 
     def _check_restored(self, meta: Meta) -> None:
         """Training must go on from the very weights that were published."""
@@ -166,8 +182,10 @@ class LearnerRank:
         folder = checkpoint.begin(self._run_dir, self._round) if self._is_first_rank else None
         folder = self._engine.broadcast(folder)
         self._engine.save(folder / "state")
+        whole = self._engine.consolidated()
         self._engine.barrier()
-        if self._is_first_rank:
+        if whole is not None:
+            save_file(whole, folder / checkpoint.CONSOLIDATED)
             keep_last = self._recipe.checkpoints.keep_last
             checkpoint.commit(folder, self._meta(), self._versions.packed(), keep_last)
         self._engine.barrier()

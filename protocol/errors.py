@@ -7,7 +7,8 @@
     |- RunDirError          a run directory that is taken, foreign, incomplete or in the wrong place
     |- RedisError           a Redis server that cannot be reached, refuses us or is too small
     |- WireError            bytes from the stream that are not a ticket or a group of ours
-    `- TrainingError        numbers that must not be trained on: parity, digests, non-finite values
+    |- TrainingError        numbers that must not be trained on: parity, digests, non-finite values
+    `- VerifyError          a run's record that does not hold together, or groups that do not come out again
 
 `ValueError` stays for callers' mistakes in pure functions, `assert` for invariants.
 """
@@ -69,3 +70,7 @@ class WireError(SfumatoError):
 
 class TrainingError(SfumatoError):
     """Numbers that must not be trained on: a parity gap, a wrong digest, a non-finite value."""
+
+
+class VerifyError(SfumatoError):
+    """A run's record that contradicts its recipe, its files or itself, or groups that cannot be made again."""

@@ -197,6 +197,10 @@ class Prdp(Section):
         return self.num_updates * self.inner_minibatches
 
 
+LAYOUT = ("world_size", "zero_stage", "offload_optimizer")
+"""What fixes how the learner's state is spread over ranks."""
+
+
 class Learner(Placement):
     """The DeepSpeed gang that applies updates. Placement is that of one rank."""
 
@@ -204,8 +208,10 @@ class Learner(Placement):
     """R: ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: what is sharded over ranks (1 optimizer, 2 gradients, 3 parameters)."""
+    offload_optimizer: bool = False
+    """Keep AdamW's masters and moments in the CPU's memory and step there; needs zero_stage 1 or more."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute dtype of policy, reference and rollouts; master weights are fp32 always."""
+    """Compute dtype of policy, reference and rollouts; master weights and gradient sums are fp32 always."""
     micro_batch_size: PositiveInt = 64
     """(trajectory, step) items in one forward and backward pass; bounds activation memory."""
     learning_rate: PositiveFloat = 1e-4
@@ -223,6 +229,20 @@ class Learner(Placement):
     parity_tolerance: PositiveFloat | None = None
     """Largest latent_mean difference of a recomputed log-probability; above it the run stops.
     Default: a tenth of clip_eps in latent_mean units, or 1e-5 without a window."""
+
+    @property
+    def sharded_stage(self) -> int:
+        """The stage that DeepSpeed runs: in bf16 it keeps fp32 sums of gradients from stage 1 on only."""
+        return max(self.zero_stage, 1) if self.precision == "bf16" else self.zero_stage
+
+    @model_validator(mode="after")
+    def _offload_has_shards(self) -> Self:
+        if self.offload_optimizer and self.sharded_stage == 0:
+            raise ValueError(
+                "learner.offload_optimizer: true needs learner.zero_stage 1, 2 or 3, but it is 0; "
+                "stage 1 costs nothing on one rank"
+            )
+        return self
 
 
 class Redis(Section):
@@ -275,7 +295,9 @@ class Supervision(Section):
     start_timeout_s: PositiveFloat = 300.0
     """How long the processes of a run may take to start."""
     stall_timeout_s: PositiveFloat = 900.0
-    """A learner without progress for this long is treated as dead."""
+    """A learner rank or rollout actor without progress for this long is treated as dead."""
+    answer_timeout_s: PositiveFloat = 60.0
+    """A reward actor, weight store or embedded Redis that gives no answer for this long is started again."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """Restarts of one role before the run stops with its last error."""
 
@@ -361,7 +383,10 @@ class Recipe(Section):
         return self.redis.num_shards or self.learner.world_size
 
     def identity(self) -> dict[str, Any]:
-        """The part of the recipe that weights depend on: what a resumed run may not change."""
+        """The part of the recipe that weights depend on: what a resumed run may not change.
+
+        The learner's layout may: weights then differ in the last bits, which a resume says.
+        """
         place = {"num_cpus", "resources"}
         return self.model_dump(
             mode="json",
@@ -373,7 +398,7 @@ class Recipe(Section):
                 "evaluation": True,
                 "supervision": True,
                 "prompts": {"held_out"},
-                "learner": {*place, "num_parity_probes", "parity_tolerance"},
+                "learner": {*place, *LAYOUT, "num_parity_probes", "parity_tolerance"},
                 "rollout_worker": place,
                 "rewards": {"__all__": {*place, "replicas", "timeout_s", "max_attempts"}},
             },

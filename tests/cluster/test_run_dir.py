@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.run_dir import RunDir, read_recipe
-from protocol.errors import RunDirError
+from cluster.run_dir import RunDir, read_recipe, scale
+from protocol.errors import RecipeError, RunDirError
 from protocol.recipe import Recipe
 from protocol.recipe_file import load_recipe, parse_recipe
 
@@ -115,7 +115,7 @@ def test_what_weights_do_not_depend_on_may_change_on_resume(
         ({"lag": 1}, "lag"),
         ({"batch": {"num_groups": 8, "group_size": 4}}, "batch.num_groups"),
         ({"sampler": {"eta": 0.5}}, "sampler.eta"),
-        ({"learner": {"world_size": 2}}, "learner.world_size"),
+        ({"learner": {"micro_batch_size": 2}}, "learner.micro_batch_size"),
         ({"learner": {"threads": 2}}, "learner.threads"),
         ({"rewards": [{"name": "jpeg_compressibility", "weight": 2.0}]}, "rewards"),
         ({"model": {"trainable": {"form": "full"}}}, "model.trainable.form"),
@@ -146,3 +146,33 @@ def test_a_link_into_rays_session_folder_is_seen_through(tmp_path: Path, recipe:
     with pytest.raises(RunDirError, match="inside Ray's session folder"):
         RunDir(tmp_path / "harmless" / "run", recipe, resume=False)
     assert list(session.iterdir()) == []
+
+
+def test_a_driver_hears_how_many_rollout_actors_are_wanted_and_the_next_one_starts_afresh(
+    tmp_path: Path, recipe: Recipe
+) -> None:
+    driven = RunDir(tmp_path / "run", recipe, resume=False)
+    assert driven.wanted_rollouts() is None
+    scale(driven.path, 3)
+    assert driven.wanted_rollouts() == 3
+    driven.release()
+    assert start(driven.path, recipe, resume=True).wanted_rollouts() is None
+
+
+def test_only_a_run_that_is_going_on_can_be_scaled(tmp_path: Path, recipe: Recipe) -> None:
+    ended = start(tmp_path / "run", recipe)
+    with pytest.raises(RunDirError, match="no driver is running this run"):
+        scale(ended.path, 2)
+    with pytest.raises(RecipeError, match=r"needs rollout actors. Got: 0"):
+        scale(ended.path, 0)
+    with pytest.raises(RunDirError, match="not a run directory"):
+        scale(tmp_path, 2)
+    assert ended.wanted_rollouts() is None
+
+
+def test_another_layout_of_the_learner_is_taken_with_a_notice(tmp_path: Path, prompts: Path) -> None:
+    start(tmp_path / "run", make_recipe(prompts, learner={"world_size": 2}))
+    assert start(tmp_path / "run", make_recipe(prompts, learner={"world_size": 2}), resume=True).notice is None
+    again = start(tmp_path / "run", make_recipe(prompts, learner={"zero_stage": 2}), resume=True)
+    assert again.notice is not None
+    assert "world_size 2 -> 1, zero_stage 0 -> 2" in again.notice

@@ -127,12 +127,23 @@ class Driver:
         """Returns how many rounds the journal has."""
         return len(rows(self.folder / "metrics.jsonl"))
 
+    def attempt(self) -> int:
+        """Returns the number of the attempt that is on, from 0."""
+        return int(json.loads((self.folder / "run.json").read_text())["attempt"])
+
     def kill_one(self, title: str) -> None:
         """Kills a process below the driver whose title or command says so."""
+        self._find(title).kill()
+
+    def stop_one(self, title: str) -> None:
+        """Stops a process below the driver, which then lives and does nothing."""
+        self._find(title).suspend()
+
+    def _find(self, title: str) -> psutil.Process:
         below = {process: _title(process) for process in self._below()}
         found = [process for process, its_title in below.items() if title in its_title]
         assert found, f"no {title} among {list(below.values())}"
-        found[-1].kill()
+        return found[-1]
 
     def kill(self) -> list[psutil.Process]:
         """Kills the driver alone, at once. Returns what was below it and computed or served.

@@ -71,11 +71,16 @@ def test_one_that_a_crash_left_half_deleted_does_not_hide_the_others(tmp_path: P
     assert latest_checkpoint(tmp_path) == newest
 
 
-@pytest.mark.parametrize(
-    ("world_size", "zero_stage", "precision"), [(1, 1, "fp32"), (2, 2, "fp32"), (2, 1, "bf16")], ids=str
-)
-def test_state_of_another_layout_is_refused(tmp_path: Path, world_size: int, zero_stage: int, precision: str) -> None:
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 1), (2, 2), (1, 0)])
+def test_state_of_another_layout_is_read_from_the_consolidated_file(
+    tmp_path: Path, world_size: int, zero_stage: int
+) -> None:
     meta = write(tmp_path, 1).meta
-    checkpoint.check_fits(meta, world_size=2, zero_stage=1, precision="fp32")
-    with pytest.raises(RunDirError, match=r"learner.world_size, zero_stage or precision.*\(2, 1, 'fp32'\)"):
-        checkpoint.check_fits(meta, world_size=world_size, zero_stage=zero_stage, precision=precision)
+    assert checkpoint.is_native(meta, world_size=2, zero_stage=1, precision="fp32")
+    assert not checkpoint.is_native(meta, world_size=world_size, zero_stage=zero_stage, precision="fp32")
+
+
+def test_state_of_another_precision_is_refused(tmp_path: Path) -> None:
+    meta = write(tmp_path, 1).meta
+    with pytest.raises(RunDirError, match=r"another learner.precision. Got: 'bf16'. Expected: fp32"):
+        checkpoint.is_native(meta, world_size=2, zero_stage=1, precision="bf16")

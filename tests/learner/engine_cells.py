@@ -1,0 +1,200 @@
+"""One rank of a gang that trains a small U-Net in every cell of the ZeRO matrix and writes down what came of it.
+
+Run as `python -m tests.learner.engine_cells RANK WORLD_SIZE PORT MODEL FOLDER`; rank 0 writes FOLDER/<world size>.json
+and FOLDER/<cell>-<world size>.safetensors. All cells share one process, since importing DeepSpeed takes seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffusion.policy import Policy
+from diffusion.weights import weights_digest
+from learner.engine import MASTER, Engine
+from protocol.recipe import Full, Learner, Lora
+
+NUM_STEPS, NUM_BATCHES = 4, 2
+HALF = NUM_STEPS // 2
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A corner of the matrix: what is trained, how it is sharded, and in which dtype."""
+
+    form: str
+    stage: int
+    precision: str
+    offload: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.form}-stage{self.stage}-{self.precision}{'-offload' if self.offload else ''}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def learner(self, world_size: int) -> Learner:
+        return Learner(
+            world_size=world_size,
+            zero_stage=self.stage,
+            precision=self.precision,
+            offload_optimizer=self.offload,
+            learning_rate=1e-3,
+            weight_decay=1e-2,
+            max_grad_norm=0.5,
+        )
+
+    def policy(self, model: str) -> Policy:
+        trainable = Lora(rank=4, alpha=4) if self.form == "lora" else Full(form="full")
+        return Policy(model, trainable=trainable, seed=0, dtype=self.dtype, with_decoder=False)
+
+    def with_other_stage(self) -> Cell:
+        """The cell whose checkpoint this one also reads."""
+        return Cell(self.form, (self.stage + 1) % 4, self.precision)
+
+
+def cells() -> list[Cell]:
+    """All 16 cells, and the optimizer offloaded where there is one to offload."""
+    matrix = [Cell(f, s, p) for f in ("lora", "full") for s in range(4) for p in ("fp32", "bf16")]
+    return matrix + [Cell("lora", stage, "fp32", offload=True) for stage in (1, 2, 3)]
+
+
+def make_losses(policy: Policy, denoiser: Callable[..., Tensor], step: int) -> list[Callable[[], Tensor]]:
+    """The micro-batches of a step, the same ones for every number of ranks: fixed noise to be predicted."""
+
+    def loss(number: int) -> Tensor:
+        noise = torch.Generator().manual_seed(100 * step + number)
+        state, target = torch.randn(2, 3, *policy.latent_shape_CHW, generator=noise)
+        timestep = torch.randint(1000, (3,), generator=noise)
+        predicted = policy.predict(denoiser, state, timestep, policy.embed_all(["a red one"] * 3), 1.0)
+        return (predicted - target).square().mean() / NUM_BATCHES
+
+    return [functools.partial(loss, number) for number in range(NUM_BATCHES)]
+
+
+class Training:
+    """A policy in an engine of a cell."""
+
+    def __init__(self, cell: Cell, model: str, world_size: int) -> None:
+        self.policy = cell.policy(model)
+        self.engine = Engine(self.policy.unet, cell.learner(world_size), torch.device("cpu"))
+        self.norms: list[float] = []
+
+    def run(self, first: int, last: int) -> Training:
+        for step in range(first, last):
+            losses = make_losses(self.policy, self.engine.denoiser, step)
+            self.norms.append(self.engine.apply(losses[self.engine.rank :: self.engine.world_size]))
+        return self
+
+    def digest(self) -> str:
+        with self.engine.gathered():
+            return weights_digest(self.policy.trainable_state())
+
+    def masters(self) -> dict[str, Tensor]:
+        whole: dict[str, Tensor] = self.engine.broadcast(self.engine.consolidated())
+        return {name.removeprefix(f"{MASTER}/"): t for name, t in whole.items() if name.startswith(MASTER)}
+
+    def take_up(self, file: Path) -> Training:
+        self.engine.load_consolidated(load_file(file), HALF, make_losses(self.policy, self.engine.denoiser, 0)[0])
+        return self
+
+
+def reference(cell: Cell, model: str) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
+    """The same training by torch alone: fp32 masters, gradients summed in fp32, AdamW.
+
+    Returns masters at the start and at the end, and the gradient norms.
+    """
+    policy, settings = cell.policy(model), cell.learner(1)
+    live = {name: p for name, p in policy.unet.named_parameters() if p.requires_grad}
+    masters = {name: p.detach().float().clone().requires_grad_() for name, p in live.items()}
+    start = {name: master.detach().clone() for name, master in masters.items()}
+    optimizer = torch.optim.AdamW(
+        masters.values(),
+        settings.learning_rate,
+        betas=settings.adam_betas,
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
+    )
+    norms = []
+    for step in range(NUM_STEPS):
+        for master in masters.values():
+            master.grad = torch.zeros_like(master)
+        for loss in make_losses(policy, policy.unet, step):
+            gradients = torch.autograd.grad(loss(), list(live.values()))
+            for master, gradient in zip(masters.values(), gradients, strict=True):
+                assert master.grad is not None
+                master.grad += gradient.float()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), settings.max_grad_norm)))
+        optimizer.step()
+        for name, parameter in live.items():
+            parameter.data.copy_(masters[name].detach())
+    return start, {name: master.detach() for name, master in masters.items()}, norms
+
+
+def gap(one: dict[str, Tensor], other: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """The distance of two end points, as a share of the way from the start (Euclidean, all parameters)."""
+    apart = sum(float((one[name] - other[name]).double().square().sum()) for name in other)
+    moved = sum(float((start[name] - other[name]).double().square().sum()) for name in other)
+    return float((apart / moved) ** 0.5)
+
+
+def examine(cell: Cell, model: str, world_size: int, folder: Path) -> dict[str, object]:
+    """Trains a cell unbroken, repeated, resumed from DeepSpeed's files, and resumed from consolidated ones."""
+    start, end, norms = reference(cell, model)
+    mine = f"{cell.name}-{world_size}"
+    unbroken = Training(cell, model, world_size).run(0, HALF)
+    unbroken.engine.save(folder / mine)
+    if (whole := unbroken.engine.consolidated()) is not None:
+        save_file(whole, folder / f"{mine}.safetensors")
+    unbroken.engine.barrier()
+    at_half = unbroken.digest()
+    masters, digest = unbroken.run(HALF, NUM_STEPS).masters(), unbroken.digest()
+    resumed = Training(cell, model, world_size)
+    resumed.engine.load(folder / mine)
+    own = Training(cell, model, world_size).take_up(folder / f"{mine}.safetensors")
+    result: dict[str, object] = {
+        "gap_to_adamw": gap(masters, end, start),
+        "norm_gap": max(abs(one / other - 1) for one, other in zip(unbroken.norms, norms, strict=True)),
+        "moved": digest != at_half,
+        "repeats": Training(cell, model, world_size).run(0, HALF).digest() == at_half,
+        "resumes": resumed.run(HALF, NUM_STEPS).digest() == digest,
+        "consolidated_carries_the_weights": own.digest() == at_half,
+        "consolidated_gap": gap(own.run(HALF, NUM_STEPS).masters(), masters, start),
+    }
+    for origin in other_origins(cell, world_size):
+        other = Training(cell, model, world_size).take_up(folder / f"{origin}.safetensors").run(HALF, NUM_STEPS)
+        result[f"gap_from_{origin}"] = gap(other.masters(), masters, start)
+    return result
+
+
+def other_origins(cell: Cell, world_size: int) -> Iterator[str]:
+    """Consolidated files of the other stage and, on two ranks, of one rank (written by the gang before)."""
+    if world_size == 2 and not cell.offload:
+        yield f"{cell.with_other_stage().name}-1"
+
+
+def main() -> None:
+    """Examines every cell on this rank."""
+    rank, world_size, port, model, folder = sys.argv[1:]
+    os.environ.update(RANK=rank, WORLD_SIZE=world_size, LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(1)
+    results = {cell.name: examine(cell, model, int(world_size), Path(folder)) for cell in cells()}
+    if rank == "0":
+        (Path(folder) / f"{world_size}.json").write_text(json.dumps(results, indent=1))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
