@@ -48,10 +48,3 @@ def estimate(score_PN: np.ndarray) -> Estimate:
 def win_rate(score_PN: np.ndarray, base_PN: np.ndarray) -> Estimate:
     """Returns the share of images that score above the base's of the same prompt and seed; ties count half."""
     return estimate((score_PN > base_PN) + 0.5 * (score_PN == base_PN))
-
-
-def spread(items: Sequence[str], at_most: int | None) -> list[str]:
-    """Returns at most so many items, evenly spaced over the sequence."""
-    if at_most is None or at_most >= len(items):
-        return list(items)
-    return [items[position * len(items) // at_most] for position in range(at_most)]

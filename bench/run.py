@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from diffusion.chain import Chain
+from diffusion.noise import initial_noise, step_noise
 from diffusion.policy import Policy
+from diffusion.weights import weights_digest
 from learner.algorithms.prdp import prdp
 from learner.two_pass import differentiate, surrogate
 from protocol.codec import decode_group, encode_group
@@ -59,6 +61,34 @@ def group_batch() -> dict[str, float]:
     """Time to sample siblings together over one by one."""
     chain, seeds = _chain(), list(range(GROUP_SIZE))
     return ratio(lambda: chain.sample(PROMPTS[0], seeds), lambda: [chain.sample(PROMPTS[0], [seed]) for seed in seeds])
+
+
+def batch_is_the_group() -> dict[str, float]:
+    """Time to sample groups one by one over all of their siblings in one batch, whose bits depend on the company."""
+    chain = _chain()
+    seeds_PG = [range(number * GROUP_SIZE, (number + 1) * GROUP_SIZE) for number in range(NUM_GROUPS)]
+    return ratio(
+        lambda: [chain.sample(prompt, seeds_G) for prompt, seeds_G in zip(PROMPTS, seeds_PG, strict=True)],
+        lambda: _sample_together(chain, [seed for seeds_G in seeds_PG for seed in seeds_G]),
+    )
+
+
+def proofs() -> dict[str, float]:
+    """Time of a round's digests and checksums (weights twice, as learner and one rollout do; each group twice, as made
+    and as received) over the time to sample the round."""
+    chain = _chain()
+    drawn = chain.sample(PROMPTS[0], range(GROUP_SIZE))
+    arrays = {"latents_GSCHW": drawn.latents_GSCHW.numpy(), "log_prob_GT": drawn.log_prob_GT.numpy()}
+    group = Group("000000-0000", 0, 0, PROMPTS[0], 0, "0" * 64, "{}", "{}", "w", 0.0, 0.0, arrays)
+    weights = chain.policy.trainable_state()
+
+    def prove() -> None:
+        for _ in range(2):
+            weights_digest(weights)
+        for _ in range(2 * NUM_GROUPS):
+            group.content_checksum()
+
+    return ratio(prove, lambda: [chain.sample(prompt, range(GROUP_SIZE)) for prompt in PROMPTS])
 
 
 def codec() -> dict[str, float]:
@@ -127,6 +157,18 @@ class GradientProblem:
         ).log_prob_N
 
 
+@torch.no_grad()
+def _sample_together(chain: Chain, seeds: list[int]) -> None:
+    """What a sampler does that fills its batch with whoever is there."""
+    shape_CHW = chain.policy.latent_shape_CHW
+    embedding_NLE = chain.policy.embed_all(PROMPTS).repeat_interleave(GROUP_SIZE, dim=0)
+    state_NCHW = initial_noise(seeds, shape_CHW, shared=False)
+    for step in range(len(chain.schedule)):
+        step_N, noise_NCHW = torch.full((len(seeds),), step), step_noise(seeds, step, shape_CHW)
+        drawn = chain.step(chain.policy.unet, state_NCHW, step_N, embedding_NLE, noise_NCHW=noise_NCHW)
+        state_NCHW = drawn.next_state_NCHW
+
+
 def _chain() -> Chain:
     torch.set_num_threads(1)
     return Chain(Policy.from_recipe(RECIPE), RECIPE.sampler)
@@ -160,10 +202,11 @@ def print_peak(form: str) -> None:
 
 def main(names: list[str]) -> None:
     """Runs the named benchmarks, or all, and keeps the results of the others."""
-    benchmarks = {run.__name__: run for run in (two_pass_time, two_pass_memory, group_batch, codec, lag)}
+    chosen = (two_pass_time, two_pass_memory, group_batch, batch_is_the_group, proofs, codec, lag)
+    benchmarks = {run.__name__: run for run in chosen}
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in names or benchmarks:
-        results[name] = {key: round(value, 3) for key, value in benchmarks[name]().items()}
+        results[name] = {key: round(value, 4) for key, value in benchmarks[name]().items()}
         print(name, results[name], flush=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -21,7 +21,7 @@ from cluster.run_dir import RunDir
 from learner.checkpoint import latest_checkpoint
 from protocol.derived import image_size
 from protocol.errors import RedisError, SfumatoError, TrainingError
-from protocol.paths import model_source, read_prompts
+from protocol.paths import model_source, read_prompts, spread
 from protocol.recipe import Recipe
 from protocol.stream import Streams
 from protocol.tickets import TicketPlan
@@ -199,8 +199,7 @@ class Attempt:
         found = latest_checkpoint(self._run_dir.path)
         data = found.version_bytes(round_) if round_ and found else None
         wanted = self._recipe.evaluation.grid_prompts
-        prompts = read_prompts(prompts_file)
-        prompts = prompts[:: max(1, len(prompts) // wanted)][:wanted]
+        prompts = spread(read_prompts(prompts_file), wanted)
         self._tell("drawing samples")
         rows = self._first(self._crew.actors[0].draw_grid.remote(prompts, data))
         samples = self._run_dir.path / "samples"

@@ -13,14 +13,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from actors.evaluator import Estimate, ScoreImages, estimate, score_prompts, spread, win_rate
+from actors.evaluator import Estimate, ScoreImages, estimate, score_prompts, win_rate
 from cluster.run_dir import read_recipe
 from diffusion.chain import Chain
 from diffusion.policy import Policy
 from diffusion.weights import unpack
 from learner.checkpoint import latest_checkpoint
 from protocol.errors import RecipeError, RunDirError
-from protocol.paths import read_prompts
+from protocol.paths import read_prompts, spread
 from protocol.recipe import Recipe
 from rewards.composition import weighted_sum
 from rewards.contract import check_scores

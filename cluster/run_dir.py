@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import time
 import uuid
 from pathlib import Path
@@ -45,6 +46,8 @@ class RunDir:
             _refuse_taken(self.path)
         _make(self.path)
         self._lock = _lock(self.path)
+        if not resume:
+            _clear_false_start(self.path)
         before = _read_run(self.path) if resume else None
         self.run_id: str = before["run_id"] if before else uuid.uuid4().hex[:12]
         self.attempt: int = before["attempt"] if before else -1
@@ -139,6 +142,8 @@ def _refuse_taken(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise RunDirError("the run directory is a file", value=str(path), do="give another --run-dir")
     if (path / "run.json").exists():
+        if not (path / "ledger.jsonl").exists():
+            return  # A run that failed before its first round: there is nothing to lose.
         raise RunDirError(
             "the run directory already holds a run",
             value=str(path),
@@ -151,6 +156,13 @@ def _refuse_taken(path: Path) -> None:
             expected="a new or empty folder",
             do="give another --run-dir",
         )
+
+
+def _clear_false_start(path: Path) -> None:
+    """Deletes what a run left that failed before its first round."""
+    for name in ("run.json", "recipe.yaml", "prompts.txt", "redis.log"):
+        (path / name).unlink(missing_ok=True)
+    shutil.rmtree(path / "samples", ignore_errors=True)
 
 
 def _refuse_other_recipe(path: Path, recipe: Recipe) -> None:

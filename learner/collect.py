@@ -148,6 +148,13 @@ class Collector:
                 expected="equal digests",
                 do="this is a broken weight sync; check that all nodes run the same code and base model",
             )
+        if (group.prompt, group.index) != (ticket.prompt, ticket.index):
+            raise TrainingError(
+                f"group {group.ticket_id} does not answer its ticket",
+                value=f"index {group.index}, prompt {group.prompt!r} from {group.worker}",
+                expected=f"index {ticket.index}, prompt {ticket.prompt!r}",
+                do="check that all nodes run the same code",
+            )
         if group.sampler != self._sampler:
             raise TrainingError(
                 f"group {group.ticket_id} was sampled by another chain than the recipe's",

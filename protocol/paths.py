@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from protocol.errors import ModelError
@@ -65,3 +66,10 @@ def read_prompts(path: str) -> list[str]:
     if not prompts:
         raise ModelError(f"the prompt file {file} has no prompts", expected="one prompt a line", do="add prompts to it")
     return prompts
+
+
+def spread(prompts: Sequence[str], at_most: int | None) -> list[str]:
+    """Returns at most so many prompts, evenly spaced over the sequence."""
+    if at_most is None or at_most >= len(prompts):
+        return list(prompts)
+    return [prompts[position * len(prompts) // at_most] for position in range(at_most)]

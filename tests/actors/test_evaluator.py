@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.evaluator import draw_images, estimate, score_prompts, spread, win_rate
+from actors.evaluator import draw_images, estimate, score_prompts, win_rate
 from diffusion.chain import Chain
 from diffusion.policy import Policy
 from protocol.recipe import Lora, Sampler
@@ -51,21 +51,6 @@ def test_win_rates_of_two_models_against_each_other_add_up_to_one(scores: list[l
     theirs = np.random.default_rng(seed).integers(-3, 3, ours.shape)
     assert win_rate(ours, theirs).mean + win_rate(theirs, ours).mean == pytest.approx(1)
     assert win_rate(ours, ours).mean == 0.5
-
-
-@given(st.integers(1, 50), st.integers(1, 60))
-def test_a_spread_is_even_and_in_order(num_items: int, at_most: int) -> None:
-    items = [f"{number:03d}" for number in range(num_items)]
-    chosen = spread(items, at_most)
-    assert len(chosen) == min(num_items, at_most) == len(set(chosen))
-    assert chosen == sorted(chosen)
-    assert chosen[0] == items[0]
-    gaps = np.diff([int(item) for item in [*chosen, f"{num_items:03d}"]])
-    assert gaps.max() - gaps.min() <= 1
-
-
-def test_a_spread_without_a_limit_is_everything() -> None:
-    assert spread(["a", "b"], None) == ["a", "b"]
 
 
 @pytest.fixture(scope="module")

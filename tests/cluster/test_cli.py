@@ -240,6 +240,7 @@ def make_run(folder: Path, *overrides: str) -> None:
 
 def test_a_directory_that_holds_a_run_is_refused(refused: Refused, desk: Path) -> None:
     make_run(desk / "run")
+    (desk / "run" / "ledger.jsonl").touch()
     message = refused(*train())
     assert "already holds a run" in message
     assert str(desk / "run") in message
@@ -293,7 +294,7 @@ def test_resuming_without_saying_which_run_is_refused(refused: Refused) -> None:
 # --- the other commands ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["evaluate", "digest"])
+@pytest.mark.parametrize("command", ["evaluate", "digest", "verify"])
 def test_a_folder_that_is_no_run_is_refused(refused: Refused, desk: Path, command: str) -> None:
     (desk / "folder").mkdir()
     for path in ("folder", "nowhere", "prompts.txt"):
@@ -391,6 +392,7 @@ sys.exit(f"imported: {sorted(heavy)}" if heavy else 0)
         ["--help"],
         ["--version"],
         ["train", "--help"],
+        ["verify", "--help"],
         ["train", "recipe.yaml", "--dry-run"],
         ["train", "recipe.yaml", "--dry-run", "lag=-1"],
         ["train", "recipes/tiny_prdp.yaml", "--dry-run"],

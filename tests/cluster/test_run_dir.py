@@ -176,3 +176,18 @@ def test_another_layout_of_the_learner_is_taken_with_a_notice(tmp_path: Path, pr
     again = start(tmp_path / "run", make_recipe(prompts, learner={"zero_stage": 2}), resume=True)
     assert again.notice is not None
     assert "world_size 2 -> 1, zero_stage 0 -> 2" in again.notice
+
+
+def test_a_run_that_failed_before_its_first_round_leaves_a_directory_for_another(
+    tmp_path: Path, recipe: Recipe, prompts: Path
+) -> None:
+    failed = start(tmp_path / "run", recipe)
+    (failed.path / "samples").mkdir()
+    other = start(tmp_path / "run", make_recipe(prompts, seed=1))
+    assert other.run_id != failed.run_id
+    assert read_recipe(other.path).seed == 1
+    assert not (other.path / "samples").exists()
+    (other.path / "ledger.jsonl").touch()
+    with pytest.raises(RunDirError, match="already holds a run"):
+        RunDir(tmp_path / "run", recipe, resume=False)
+    assert read_recipe(other.path).seed == 1

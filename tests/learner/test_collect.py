@@ -163,6 +163,16 @@ def test_a_wrong_digest_on_a_current_ticket_stops_the_run(
         collector.collect(0)
 
 
+@pytest.mark.parametrize("changes", [{"prompt": "a green four"}, {"index": 4}], ids=str)
+def test_a_group_that_answers_another_question_stops_the_run(
+    streams: Streams, collector: Collector, tickets: list[Ticket], make_group: Make, changes: dict[str, Any]
+) -> None:
+    collector.expect(0, tickets)
+    streams.append(dataclasses.replace(make_group(index=2), **changes))
+    with pytest.raises(TrainingError, match=r"000000-0002 does not answer its ticket"):
+        collector.collect(0)
+
+
 def test_a_group_of_another_chain_stops_the_run(
     streams: Streams, collector: Collector, tickets: list[Ticket], make_group: Make
 ) -> None:
