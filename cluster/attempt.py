@@ -134,8 +134,8 @@ class Attempt:
                     waiting.remove(ref)
                 else:
                     self._check_rollout(ref)
-            redis.start()
-            self._look(redis)
+            if redis.keep_alive(self._recipe.supervision.answer_timeout_s):
+                self._look()
             if wanted := self._run_dir.wanted_rollouts():
                 self._crew.resize(wanted)
 
@@ -158,20 +158,15 @@ class Attempt:
         self._pulse.forgive(f"rollout/{name}")
         self._crew.replace(name)
 
-    def _look(self, redis: RedisKeeper) -> None:
+    def _look(self) -> None:
         """Reads what the roles say of themselves, shows it, and restarts whoever stands still."""
         bounds = self._recipe.supervision
         try:
             said, depth = self._streams.progress(), self._streams.queue_depth()
         except RedisError:
             # What roles say comes through Redis: while it is away, nobody can be judged.
-            silent_s = self._pulse.silent_s("redis")
-            self._pulse.forgive_all_but("redis")
-            if silent_s > bounds.answer_timeout_s:
-                self._pulse.forgive("redis")
-                redis.restart()
+            self._pulse.forgive_all()
             return
-        self._pulse.forgive("redis")
         self._pulse.hear(said)
         rollouts = {f"rollout/{name}": name for name in self._crew.names}
         self._status.progress = {role: words for role, words in said.items() if role in {*self._ranks, *rollouts}}

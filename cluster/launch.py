@@ -16,15 +16,13 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.pulse import HEALTH
 from cluster.scoring import RewardPool, Scorer
 from cluster.weight_store import StoreClient, WeightStore
 from protocol.errors import RecipeError, RedisError
 from protocol.recipe import Placement, Recipe, Reward
 from protocol.stream import Streams, connect
 from protocol.tickets import Ticket, TicketPlan
-
-HEALTH = "health"
-"""The thread of an actor that answers pings."""
 
 ROLE_RESTARTS = 10
 """How often Ray restarts a weight store or a reward actor: they hold nothing that cannot be had again."""

@@ -11,6 +11,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+HEALTH = "health"
+"""The concurrency group of a service's `ping`: a thread that nothing else keeps busy."""
+
 
 class Pulse:
     """Remembers when each role last said something new."""
@@ -39,10 +42,10 @@ class Pulse:
         """Starts a role's clock anew."""
         self._moved_at[role] = self._clock()
 
-    def forgive_all_but(self, role: str) -> None:
-        """Starts every other role's clock anew: it is not their fault that nothing can be heard."""
-        for other in self._moved_at.keys() - {role}:
-            self.forgive(other)
+    def forgive_all(self) -> None:
+        """Starts every clock anew: it is nobody's fault that nothing can be heard."""
+        for role in self._moved_at:
+            self.forgive(role)
 
 
 @dataclass
@@ -65,7 +68,7 @@ class Services:
         """Returns how often each service has answered so far, and asks those again that have."""
         for service in self._services:
             if service.ping is None or self._is_answered(service):
-                service.ping = service.actor.ping.remote()
+                service.ping = service.actor.ping.options(max_task_retries=0).remote()
         return {service.name: service.num_answers for service in self._services}
 
     def restart(self, names: Sequence[str]) -> None:

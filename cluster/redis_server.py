@@ -88,23 +88,17 @@ def _version_of(binary: Path) -> tuple[int, ...]:
 class RedisKeeper(Protocol):
     """What a driver can do about its Redis."""
 
-    def start(self) -> None:
-        """Starts the server if it has ended."""
-        ...
-
-    def restart(self) -> None:
-        """Replaces the server by an empty one."""
+    def keep_alive(self, answer_timeout_s: float) -> bool:
+        """Starts the server again if it has ended, or has not answered for so long. Returns whether it answers."""
         ...
 
 
 class ForeignRedis:
     """A server that somebody else looks after: it is waited for."""
 
-    def start(self) -> None:
-        """Does nothing."""
-
-    def restart(self) -> None:
-        """Does nothing."""
+    def keep_alive(self, answer_timeout_s: float) -> bool:  # noqa: ARG002
+        """Does nothing: whoever needs the server finds out."""
+        return True
 
 
 class RedisServer:
@@ -129,6 +123,7 @@ class RedisServer:
         self._password = secrets.token_urlsafe(32)
         self._port: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._answered_at = time.monotonic()
 
     @property
     def url(self) -> str:
@@ -176,6 +171,17 @@ class RedisServer:
             self._process.kill()
             self._process.wait()
         self._process = None
+
+    def keep_alive(self, answer_timeout_s: float) -> bool:
+        """Starts the server again, empty, if it has ended or has not answered for so long; True if it answers."""
+        self.start()
+        if self._answers():
+            self._answered_at = time.monotonic()
+            return True
+        if time.monotonic() - self._answered_at > answer_timeout_s:
+            self.restart()
+            self._answered_at = time.monotonic()
+        return False
 
     def restart(self) -> None:
         """Replaces the server, running or dead, by an empty one on the same port with the same password."""

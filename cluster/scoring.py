@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from protocol.errors import RewardError, SfumatoError
 from protocol.recipe import Reward
 from rewards.composition import weighted_sum
+
+RESTART_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,14 @@ class PendingGroupScores:
 
 def _wait_until_any_answers(pool: RewardPool) -> None:
     """Gives Ray the time to restart a lost actor, so that asking again is not asking the dead."""
-    pings = [actor.ping.options(max_task_retries=-1).remote() for actor in pool.actors]
-    ray.wait(pings, num_returns=1, timeout=pool.settings.timeout_s)
+    deadline = time.monotonic() + pool.settings.timeout_s
+    while time.monotonic() < deadline:
+        answered, _ = ray.wait([actor.ping.remote() for actor in pool.actors], timeout=RESTART_POLL_S)
+        for ping in answered:
+            with suppress(RayError):
+                ray.get(ping)
+                return
+        time.sleep(RESTART_POLL_S)
 
 
 def _explain(settings: Reward, prompt: str, error: Exception) -> SfumatoError:

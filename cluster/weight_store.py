@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import ray
 
+from cluster.pulse import HEALTH
+
 
 class WeightStore:
     """Becomes one Ray actor at launch. Restarted, it is empty, and the learner publishes again."""
@@ -29,7 +31,7 @@ class WeightStore:
         """Returns the versions that are here."""
         return set(self._refs)
 
-    @ray.method(concurrency_group="health")
+    @ray.method(concurrency_group=HEALTH)
     def ping(self) -> None:
         """Answers also while bytes are stored."""
 

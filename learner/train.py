@@ -126,7 +126,8 @@ class LearnerRank:
     def _collect(self) -> tuple[Collected, float]:
         started = time.monotonic()
         collected = self._collector.collect(self._round)
-        self._collector.trim()
+        with suppress(RedisError):  # What is not trimmed now is trimmed with the next round.
+            self._collector.trim()
         wait_s = time.monotonic() - started
         self._waiting_s += wait_s
         return collected, wait_s

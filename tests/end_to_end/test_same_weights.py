@@ -85,7 +85,7 @@ def test_actors_that_come_and_go_while_it_runs_change_nothing(train: Callable[..
 
 
 def test_a_process_that_lives_but_stands_still_is_replaced(train: Callable[..., Run], workshop: Path) -> None:
-    bounds = ["supervision.stall_timeout_s=20", "supervision.answer_timeout_s=5", "rewards.0.timeout_s=30"]
+    bounds = ["supervision.stall_timeout_s=30", "supervision.answer_timeout_s=5", "redis.timeout_s=5"]
     settings = ["recipe.yaml", *UNBROKEN[1], *bounds, "rounds=8"]
     with Driver(workshop / "stopped", settings, cwd=workshop) as driver:
         for round_, role in enumerate((*ROLES, "ray::LearnerProcess"), start=1):

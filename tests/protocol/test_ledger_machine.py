@@ -55,7 +55,7 @@ DISASTERS = ("flush", "flush", "restart", "resume", "resume a round back")
 SETTINGS = settings(
     derandomize=True,
     deadline=None,
-    max_examples=50,
+    max_examples=40,
     stateful_step_count=50,
     suppress_health_check=[HealthCheck.too_slow],
 )
@@ -446,8 +446,10 @@ class LedgerMachine(RuleBasedStateMachine):
     def _resume(self, rounds_back: int) -> None:
         """From a checkpoint. Workers that are not stopped go on in the attempt that they know."""
         self._check_learnt()
+        self._check_older_keys()
         self._begin(self._streams.attempt + 1, max(0, self._learner.round - rounds_back))
         self._older_keys.clear()
+        self._check_older_keys()
 
     @rule(times=st.integers(1, 4))
     def the_learner_takes_turns(self, times: int) -> None:
@@ -474,18 +476,20 @@ class LedgerMachine(RuleBasedStateMachine):
     # --- what always holds ------------------------------------------------------------------------------
 
     @invariant()
-    def all_that_can_be_seen_is_as_in_the_model(self) -> None:
-        """Of older attempts only those keys are there that their workers wrote since."""
+    def tickets_and_counters_are_as_in_the_model(self) -> None:
         claimed = len(self._server.claimed())
         assert self._streams.queue_depth() == QueueDepth(len(self._server.out) - claimed, claimed)
         assert self._streams.counters() == self._server.counters
         assert self._collector.counts == self._learner.counts
-        ours = self._streams.key("").encode()
-        assert {key for key in self._client.scan_iter(count=1000) if not key.startswith(ours)} == self._older_keys
 
     def _check_learnt(self) -> None:
         rounds = range(self._first_round, self._learner.round)
         assert self._learnt == [ticket.ticket_id for round_ in rounds for ticket in tickets_of(round_)]
+
+    def _check_older_keys(self) -> None:
+        """Of older attempts there is only what their workers wrote since the newest one began."""
+        ours = self._streams.key("").encode()
+        assert {key for key in self._client.scan_iter(count=1000) if not key.startswith(ours)} == self._older_keys
 
     def teardown(self) -> None:
         """In time, whatever nobody renews is idle, and one worker that lives answers all that is out."""
@@ -493,17 +497,21 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         last = self._learner.round + PLAN.lag
         for _ in range(ENOUGH_TURNS):
-            for out in self._server.claimed():
-                self._let_idle(out)
-            if held := self._take("healthy"):
-                self._append_answer(held)
-                self._acknowledge(held)
+            self._answer_what_is_out()
             self._turn()
-            self.all_that_can_be_seen_is_as_in_the_model()
             if self._learner.round > last:
                 break
         assert self._learner.round > last, "a round is never completed"
         self._check_learnt()
+        self._check_older_keys()
+        self.tickets_and_counters_are_as_in_the_model()
+
+    def _answer_what_is_out(self) -> None:
+        for out in self._server.claimed():
+            self._let_idle(out)
+        while self._server.out:
+            if held := self._take("healthy"):
+                self._finish(held, "delivers")
 
 
 def bundled_redis_server() -> Path:
