@@ -151,11 +151,17 @@ class Attempt:
             return
         if ours := own_error(lost):
             raise ours from lost
-        self._num_lost[name] += 1
+        has_delivered = self._status.progress.get(f"rollout/{name}", {}).get("groups", 0) > 0
+        self._num_lost[name] = 1 if has_delivered else self._num_lost[name] + 1
         if self._num_lost[name] > self._recipe.supervision.max_restarts:
-            raise TrainingError(f"rollout actor {name} was lost too often; the last error: {first_line(lost)}")
+            raise TrainingError(
+                f"rollout actor {name} was lost {self._num_lost[name]} times in a row; the last error: "
+                f"{first_line(lost)}"
+            )
         self._status.restarts += 1
         self._pulse.forgive(f"rollout/{name}")
+        with suppress(RedisError):  # The new one has not delivered what the old one has.
+            self._streams.report_progress(f"rollout/{name}", groups=0, busy_s=0.0, alive_s=0.0, ticket=None)
         self._crew.replace(name)
 
     def _look(self) -> None:

@@ -25,6 +25,7 @@ from cluster import launch
 from cluster.attempt import Attempt, LearnerLostError, Show, Status
 from cluster.redis_server import ForeignRedis, RedisKeeper, RedisServer
 from cluster.run_dir import RunDir
+from learner.checkpoint import latest_checkpoint
 from protocol.derived import MIN_REDIS_BYTES, in_flight_bytes, latent_shape, redis_bytes
 from protocol.errors import RedisError, TrainingError
 from protocol.paths import model_source, read_prompts
@@ -42,6 +43,7 @@ class Driver:
         batch = recipe.batch
         self._plan = TicketPlan(recipe.seed, prompts, batch.num_groups, batch.group_size, recipe.lag)
         self._status = Status(attempt=run_dir.attempt)
+        self._num_lost, self._reached = 0, 0
 
     def run(self) -> None:
         """Runs attempts until the rounds are done. Raises the run's last error when restarts are used up."""
@@ -59,9 +61,14 @@ class Driver:
                     self._count_restart(error)
 
     def _count_restart(self, error: LearnerLostError) -> None:
-        if self._status.restarts >= self._recipe.supervision.max_restarts:
+        """Goes on with a new attempt, or ends a run that is lost again and again at the same checkpoint."""
+        found = latest_checkpoint(self._run_dir.path)
+        reached = found.meta.round if found else 0
+        self._num_lost = self._num_lost + 1 if reached == self._reached else 1
+        self._reached = reached
+        if self._num_lost > self._recipe.supervision.max_restarts:
             raise TrainingError(
-                f"the learner was lost {self._status.restarts + 1} times; the last error: {error}",
+                f"the learner was lost {self._num_lost} times without a new checkpoint; the last error: {error}",
                 do=f"look at the error, then go on with --resume --run-dir {self._run_dir.path}",
             ) from error
         self._status.restarts += 1

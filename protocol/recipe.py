@@ -299,7 +299,7 @@ class Supervision(Section):
     answer_timeout_s: PositiveFloat = 60.0
     """A reward actor, weight store or embedded Redis that gives no answer for this long is started again."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """Restarts of one role before the run stops with its last error."""
+    """Losses in a row of one role, without progress in between, that are made good; the next one ends the run."""
 
 
 class Recipe(Section):
