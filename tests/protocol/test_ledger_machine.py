@@ -42,11 +42,6 @@ AN_HOUR_MS = 3_600_000
 ENOUGH_TURNS = 300
 MUCH = 4
 
-# Some are there twice, since otherwise a round is hardly ever completed.
-ACTS = (
-    *("takes a ticket", "takes a ticket", "delivers", "delivers"),
-    *("renews its claim", "dies between append and acknowledge", "dies"),
-)
 UNASKED = ("copy", "stale", "foreign", "corrupted", "wrong shard")
 DISASTERS = ("flush", "flush", "restart", "resume", "resume a round back")
 
@@ -169,7 +164,7 @@ class ServerModel:
         self.out = [o for o in self.out if o.entry_id != claim.entry_id]
 
     def holds_much(self) -> bool:
-        """A loss at every other step would leave nothing to lose."""
+        """Without waiting for this, losses would find nothing to lose, and rounds that go well nothing to mend."""
         return sum(map(len, self.shards.values())) + len(self.claimed()) >= MUCH
 
     def mark(self) -> object:
@@ -318,16 +313,22 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # --- workers ----------------------------------------------------------------------------------------
 
-    @rule(worker=st.sampled_from(["a", "b"]), act=st.sampled_from(ACTS), which=which, times=st.integers(1, 3))
-    def a_worker(self, worker: str, act: str, which: int, times: int) -> None:
-        """Any worker that holds a claim, or believes so, may be the one that goes on with it or dies."""
-        for _ in range(times):
-            if act == "takes a ticket" or not self._held:
-                self._held += filter(None, [self._take(worker)])
-            elif act == "renews its claim":
-                self._renew(self._held[which % len(self._held)])
-            else:
-                self._finish(self._held.pop(which % len(self._held)), act)
+    @rule(worker=st.sampled_from(["a", "b"]), number=st.sampled_from([1, 2, 6]))
+    def a_worker_takes_tickets(self, worker: str, number: int) -> None:
+        for _ in range(number):
+            self._held += filter(None, [self._take(worker)])
+
+    @precondition(lambda self: self._held)
+    @rule(what=st.sampled_from(["delivers", "delivers", "dies between append and acknowledge", "dies"]), which=which)
+    def a_worker(self, what: str, which: int) -> None:
+        """Any worker that has a claim, or believes so."""
+        self._finish(self._held.pop(which % len(self._held)), what)
+
+    @precondition(lambda self: self._held)
+    @rule()
+    def workers_renew_their_claims(self) -> None:
+        for held in self._held:
+            self._renew(held)
 
     @precondition(lambda self: self._server.claimed())
     @rule(which=which)
@@ -336,15 +337,15 @@ class LedgerMachine(RuleBasedStateMachine):
         claimed = self._server.claimed()
         self._let_idle(claimed[which % len(claimed)])
 
-    def _finish(self, held: Held, act: str) -> None:
+    def _finish(self, held: Held, what: str) -> None:
         """A claim that was lost is answered all the same: a worker does not look back."""
-        if act == "dies":
+        if what == "dies":
             return
         if not self._is_current(held):
             self._go_on_in_an_older_attempt(held)
             return
         self._append_answer(held)
-        if act == "delivers":
+        if what == "delivers":
             self._acknowledge(held)
 
     def _go_on_in_an_older_attempt(self, held: Held) -> None:
@@ -456,6 +457,25 @@ class LedgerMachine(RuleBasedStateMachine):
         for _ in range(times):
             self._turn()
 
+    @precondition(lambda self: self._server.holds_much())
+    @rule()
+    def all_goes_well_until_the_round_is_complete(self) -> None:
+        """In time, whatever nobody renews is idle, and one worker that lives answers all that is out."""
+        round_ = self._learner.round
+        for _ in range(ENOUGH_TURNS):
+            self._answer_what_is_out()
+            self._turn()
+            if self._learner.round > round_:
+                return
+        raise AssertionError(f"round {round_} is never completed")
+
+    def _answer_what_is_out(self) -> None:
+        for out in self._server.claimed():
+            self._let_idle(out)
+        while self._server.out:
+            if held := self._take("healthy"):
+                self._finish(held, "delivers")
+
     def _turn(self) -> None:
         is_complete, round_ = not self._learner.missing(), self._learner.round
         try:
@@ -492,26 +512,14 @@ class LedgerMachine(RuleBasedStateMachine):
         assert {key for key in self._client.scan_iter(count=1000) if not key.startswith(ours)} == self._older_keys
 
     def teardown(self) -> None:
-        """In time, whatever nobody renews is idle, and one worker that lives answers all that is out."""
+        """Whatever has happened, the rounds that are out can be completed."""
         if sys.exception():
             return
-        last = self._learner.round + PLAN.lag
-        for _ in range(ENOUGH_TURNS):
-            self._answer_what_is_out()
-            self._turn()
-            if self._learner.round > last:
-                break
-        assert self._learner.round > last, "a round is never completed"
+        for _ in range(PLAN.lag + 1):
+            self.all_goes_well_until_the_round_is_complete()
         self._check_learnt()
         self._check_older_keys()
         self.tickets_and_counters_are_as_in_the_model()
-
-    def _answer_what_is_out(self) -> None:
-        for out in self._server.claimed():
-            self._let_idle(out)
-        while self._server.out:
-            if held := self._take("healthy"):
-                self._finish(held, "delivers")
 
 
 def bundled_redis_server() -> Path:
