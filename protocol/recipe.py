@@ -8,22 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
+from protocol.algorithms import Prdp
+from protocol.section import Decay, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 RESERVED_LABELS = ("mean", "std_within_group", "std_between_groups")
 """Names that stand beside the rewards' own in metrics."""
-
-
-class Section(BaseModel):
-    """Base of all parts of a recipe: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Lora(Section):
@@ -137,7 +128,7 @@ class Placement(Section):
     """Ray CPUs each process reserves."""
     num_gpus: NonNegativeFloat = 0.0
     """Ray GPUs each process reserves; above 0 its tensors live on the GPU."""
-    resources: dict[str, float] = {}
+    resources: dict[str, float] = Field(default={})
     """Custom Ray resources, such as {rollout: 1} on nodes of that type."""
     threads: PositiveInt = 1
     """CPU threads each process computes with. Part of the numerics: 2 threads change last bits."""
@@ -150,7 +141,7 @@ class Reward(Placement):
     """A built-in reward's name, `./file.py:Name`, or a dotted path `package.module:Name`."""
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """Factor in the weighted sum that is trained on; 0 only reports it."""
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = Field(default={})
     """Keyword arguments of the reward's class or function."""
     replicas: PositiveInt = 1
     """Actors in the pool."""
@@ -164,37 +155,6 @@ class Reward(Placement):
         """The reward's name in metrics and group fields: a path's last part, in letters and digits."""
         tail = self.name.rsplit(":", 1)[-1].rsplit(".", 1)[-1]
         return "".join(letter if letter.isalnum() else "_" for letter in tail)
-
-
-class Prdp(Section):
-    """PRDP: proximal reward difference prediction (Deng et al., arXiv 2402.08714)."""
-
-    name: Literal["prdp"]
-    """The algorithm's module in learner/algorithms/."""
-    kl_weight: PositiveFloat
-    """w: the regression target is the reward difference divided by it, in the reductions below."""
-    clip_eps: NonNegativeFloat | None
-    """Half-width of the proximal window on one step's log-ratio, after the latent reduction; null: none."""
-    num_updates: PositiveInt = 1
-    """K: passes of inner updates over a round."""
-    inner_minibatches: PositiveInt = 1
-    """Optimizer steps a pass is split into."""
-    latent_reduce: Literal["latent_mean", "latent_sum"] = "latent_mean"
-    """Reduction of log-probabilities over latent entries."""
-    time_reduce: Literal["time_mean", "time_sum"] = "time_mean"
-    """Reduction of log-ratios over scored steps."""
-    tie_policy: Literal["keep", "drop"] = "keep"
-    """Pairs of equal reward: a target of 0 (Algorithm 1), or left out (the paper's listing)."""
-    loss_scale: Literal["quarter_beta", "none"] = "quarter_beta"
-    """`quarter_beta` multiplies the loss by kl_weight / 4: its on-policy gradient is minus that of the
-    regularised reward for every kl_weight. `none` is the paper's."""
-    clip_center: Literal["round_start", "behaviour"] = "round_start"
-    """Centre of the window: the weights at the round's start, or those that sampled (equal at lag 0)."""
-
-    @property
-    def num_steps_per_round(self) -> int:
-        """Optimizer steps in a round."""
-        return self.num_updates * self.inner_minibatches
 
 
 LAYOUT = ("world_size", "zero_stage", "offload_optimizer")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -70,6 +71,7 @@ class TicketPlan:
         return self.prompts[_pass_order(self.run_seed, epoch, len(self.prompts))[offset]]
 
 
+@lru_cache(maxsize=2)  # A round may straddle two passes.
 def _pass_order(run_seed: int, epoch: int, num_prompts: int) -> Sequence[int]:
     generator = np.random.Generator(np.random.Philox(derive_seed(run_seed, Purpose.PROMPT_ORDER, epoch)))
     order: list[int] = generator.permutation(num_prompts).tolist()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from learner.algorithms.metrics import Metrics, mean_metric
-from protocol.recipe import Prdp
+from protocol.algorithms import Prdp
 
 FIELDS = ("latents_GSCHW", "log_prob_GT", "scored_T", "reward_G")
 """What a group must carry."""

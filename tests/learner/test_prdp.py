@@ -16,7 +16,7 @@ from torch import Tensor
 from learner.algorithms.metrics import Metrics
 from learner.algorithms.prdp import prdp, summarise
 from learner.two_pass import differentiate
-from protocol.recipe import Prdp
+from protocol.algorithms import Prdp
 from tests.learner.toy_chains import papers_settings
 
 REDUCTIONS = list(itertools.product(["latent_mean", "latent_sum"], ["time_mean", "time_sum"]))

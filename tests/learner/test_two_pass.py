@@ -16,7 +16,8 @@ from learner.algorithms.metrics import Metrics
 from learner.algorithms.prdp import prdp
 from learner.batching import items_where
 from learner.two_pass import differentiate, surrogate
-from protocol.recipe import Lora, Prdp, Sampler
+from protocol.algorithms import Prdp
+from protocol.recipe import Lora, Sampler
 
 PROMPTS = ("a red seven", "a blue one")
 NUM_STEPS, NUM_SIBLINGS = 4, 3

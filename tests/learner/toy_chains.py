@@ -16,7 +16,7 @@ from diffusion.kernels import Transition, transition
 from diffusion.schedules import StepConstants
 from learner.algorithms.prdp import prdp
 from learner.two_pass import differentiate
-from protocol.recipe import Prdp
+from protocol.algorithms import Prdp
 
 TWO_POINTS = (-1.0, 1.0)
 """Equally likely points with the moments of N(0, 1) up to the third."""

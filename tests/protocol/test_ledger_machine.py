@@ -42,6 +42,7 @@ AN_HOUR_MS = 3_600_000
 ENOUGH_TURNS = 300
 MUCH = 4
 
+ENDS = ("delivered", "delivered", "worker dies between append and acknowledge", "worker dies")
 UNASKED = ("copy", "stale", "foreign", "corrupted", "wrong shard")
 DISASTERS = ("flush", "flush", "restart", "resume", "resume a round back")
 
@@ -50,8 +51,8 @@ DISASTERS = ("flush", "flush", "restart", "resume", "resume a round back")
 SETTINGS = settings(
     derandomize=True,
     deadline=None,
-    max_examples=40,
-    stateful_step_count=50,
+    max_examples=100,
+    stateful_step_count=25,
     suppress_health_check=[HealthCheck.too_slow],
 )
 
@@ -319,10 +320,12 @@ class LedgerMachine(RuleBasedStateMachine):
             self._held += filter(None, [self._take(worker)])
 
     @precondition(lambda self: self._held)
-    @rule(what=st.sampled_from(["delivers", "delivers", "dies between append and acknowledge", "dies"]), which=which)
-    def a_worker(self, what: str, which: int) -> None:
-        """Any worker that has a claim, or believes so."""
-        self._finish(self._held.pop(which % len(self._held)), what)
+    @rule(how=st.sampled_from(ENDS), which=which)
+    def claims_end(self, how: str, which: int) -> None:
+        """Each of the youngest claims comes to this end, whoever holds it or only believes to."""
+        for held in self._held[which % len(self._held) :]:
+            self._held.remove(held)
+            self._finish(held, how)
 
     @precondition(lambda self: self._held)
     @rule()
@@ -337,15 +340,15 @@ class LedgerMachine(RuleBasedStateMachine):
         claimed = self._server.claimed()
         self._let_idle(claimed[which % len(claimed)])
 
-    def _finish(self, held: Held, what: str) -> None:
+    def _finish(self, held: Held, how: str) -> None:
         """A claim that was lost is answered all the same: a worker does not look back."""
-        if what == "dies":
+        if how == "worker dies":
             return
         if not self._is_current(held):
             self._go_on_in_an_older_attempt(held)
             return
         self._append_answer(held)
-        if what == "delivers":
+        if how == "delivered":
             self._acknowledge(held)
 
     def _go_on_in_an_older_attempt(self, held: Held) -> None:
@@ -474,7 +477,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self._let_idle(out)
         while self._server.out:
             if held := self._take("healthy"):
-                self._finish(held, "delivers")
+                self._finish(held, "delivered")
 
     def _turn(self) -> None:
         is_complete, round_ = not self._learner.missing(), self._learner.round
