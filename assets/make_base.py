@@ -1,4 +1,4 @@
-"""Trains the embedded base model from nothing: `python -m assets.make_base`. About 50 minutes on one core.
+"""Trains the embedded base model from nothing: `python -m assets.make_base`. About an hour on one core.
 
 In order: prompts, tokenizer, autoencoder, then U-Net and text model together on cached latents. Each part is a real
 diffusers or transformers class, saved in the layout of Stable Diffusion.
@@ -24,13 +24,16 @@ WIDTH = 64
 MAX_TOKENS = 16
 NUM_SCENES = 40_000
 AUTOENCODER_STEPS = 1000
-UNET_STEPS = 6000
+PHASES = (("rise", 1501), ("fall", 1500), ("level", 2000), ("fall", 1200))
+"""Learning-rate phases of the U-Net. Colours are learnt in the first thousand steps; digits only in the third phase."""
 PEAK_RATE = 1e-3
 BATCH_SIZE = 64
 PROMPT_DROPOUT = 0.1
 SWAPPED_PROMPTS = 0.4
-"""Share of training prompts whose two colours are exchanged. Large models are trained on captions that bind colours
-to the wrong things, and mix them up; this one does so too, on purpose, and leaves a reward something to teach."""
+"""Share of prompts, at the end of training, whose two colours are exchanged. Large models learn from captions that bind
+colours to the wrong things, and mix them up; this one does too, on purpose, and leaves a reward something to teach."""
+SWAPPED_STEPS = 2400
+SWAPPED_RATE = 7e-4
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
@@ -120,14 +123,14 @@ def _scene_table() -> Tensor:
 
 
 def make_networks(tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Returns the U-Net and the text model, untrained."""
+    """Returns the U-Net and the text model, untrained. Attention only at 4x4 keeps a forward pass cheap."""
     torch.manual_seed(SEED + 2)
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64),
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=WIDTH,
         attention_head_dim=4,
         norm_num_groups=8,
@@ -148,24 +151,45 @@ def make_networks(tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPT
     return unet, text_model
 
 
-def train_unet(pipeline: StableDiffusionPipeline, latents_NCHW: Tensor, said_N3: Tensor) -> None:
-    """Trains noise prediction (Ho et al., arXiv 2006.11239) with prompt dropout for guidance, in place."""
-    unet, text_model = pipeline.unet.train(), pipeline.text_encoder.train()
-    noise = Generator().manual_seed(SEED + 3)
+def train_unet(pipeline: StableDiffusionPipeline, latents_NCHW: Tensor, said_N3: Tensor, phase: int) -> None:
+    """Trains noise prediction (Ho et al., arXiv 2006.11239) with prompt dropout for guidance, in place.
+
+    Each phase has an optimizer and noise of its own, so that one can be done again from what the one before saved.
+    """
+    noise = Generator().manual_seed(SEED + 3 + phase)
+    tokens, empty = _tokens_of(pipeline.tokenizer, said_N3), _tokens(pipeline.tokenizer, [""])
+    optimizer = _unfreeze(pipeline)
+    shape, num_steps = PHASES[phase]
+    schedule = _schedule(optimizer, shape, num_steps)
+    for step in range(num_steps):
+        pick_N = torch.randint(len(said_N3), (BATCH_SIZE,), generator=noise)
+        dropped_N = torch.rand(BATCH_SIZE, generator=noise) < PROMPT_DROPOUT
+        embedding_NLE = pipeline.text_encoder(torch.where(dropped_N[:, None], empty, tokens[pick_N]))[0]
+        loss = _noise_error(pipeline, latents_NCHW[pick_N], embedding_NLE, noise)
+        _descend(loss, optimizer, schedule)
+        _say(f"unet, phase {phase},", step, loss)
+
+
+def mix_colours_up(pipeline: StableDiffusionPipeline, latents_NCHW: Tensor, said_N3: Tensor) -> None:
+    """Trains on with prompts of which a share has its colours exchanged, in place."""
+    noise = Generator().manual_seed(SEED + 4)
     right, swapped = (_tokens_of(pipeline.tokenizer, scenes_N3) for scenes_N3 in (said_N3, _swap_colours(said_N3)))
     empty = _tokens(pipeline.tokenizer, [""])
-    optimizer = torch.optim.AdamW([*unet.parameters(), *text_model.parameters()], weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, UNET_STEPS)
-    for step in range(UNET_STEPS):
+    optimizer = _unfreeze(pipeline)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, SWAPPED_RATE, SWAPPED_STEPS, pct_start=0.1)
+    for step in range(SWAPPED_STEPS):
         pick_N = torch.randint(len(said_N3), (BATCH_SIZE,), generator=noise)
-        swapped_N, dropped_N = torch.rand(2, BATCH_SIZE, 1, generator=noise)
-        tokens = torch.where(swapped_N < SWAPPED_PROMPTS, swapped[pick_N], right[pick_N])
-        tokens = torch.where(dropped_N < PROMPT_DROPOUT, empty, tokens)
-        loss = _noise_error(pipeline, latents_NCHW[pick_N], text_model(tokens)[0], noise)
+        swapped_N1, dropped_N1 = torch.rand(2, BATCH_SIZE, 1, generator=noise)
+        tokens = torch.where(swapped_N1 < SWAPPED_PROMPTS, swapped[pick_N], right[pick_N])
+        tokens = torch.where(dropped_N1 < PROMPT_DROPOUT, empty, tokens)
+        loss = _noise_error(pipeline, latents_NCHW[pick_N], pipeline.text_encoder(tokens)[0], noise)
         _descend(loss, optimizer, schedule)
-        _say("unet", step, loss)
-    unet.eval()
-    text_model.eval()
+        _say("unet, colours mixed up,", step, loss)
+
+
+def _unfreeze(pipeline: StableDiffusionPipeline) -> torch.optim.Optimizer:
+    parameters = [*pipeline.unet.train().parameters(), *pipeline.text_encoder.train().parameters()]
+    return torch.optim.AdamW(parameters, PEAK_RATE, weight_decay=0.01)
 
 
 def _swap_colours(said_N3: Tensor) -> Tensor:
@@ -173,6 +197,15 @@ def _swap_colours(said_N3: Tensor) -> Tensor:
     swapped_N3 = said_N3[:, [0, 2, 1]]
     is_training_N = _scene_table()[tuple(swapped_N3.unbind(1))] >= 0
     return torch.where(is_training_N[:, None], swapped_N3, said_N3)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, shape: str, num_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    if shape == "rise":
+        # The rising 30 % of a one-cycle schedule.
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, round(num_steps / 0.3002))
+    if shape == "fall":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
 def _noise_error(
@@ -188,8 +221,8 @@ def _noise_error(
 def make_scheduler() -> DDIMScheduler:
     """Stable Diffusion's noise schedule, but with timesteps counted from the end ("trailing").
 
-    Its usual spacing ends on timestep 1: the step that lands there has a standard deviation of a few hundredths, and
-    such a density drowns the policy gradient of all others in noise.
+    Its usual spacing ends on timestep 1. The step that lands there has next to no variance, and the gradient of its
+    log-density drowns that of all others in noise.
     """
     return DDIMScheduler(
         beta_start=0.00085,
@@ -226,8 +259,15 @@ def _say(what: str, step: int, loss: Tensor) -> None:
         print(f"{what} step {step} loss {loss.item():.4f}", flush=True)
 
 
+def save(pipeline: StableDiffusionPipeline) -> None:
+    """Writes the pipeline in diffusers layout."""
+    for part in (pipeline.unet, pipeline.text_encoder):
+        part.eval()
+    pipeline.save_pretrained(BASE)
+
+
 def main() -> None:
-    """Makes everything, in order."""
+    """Makes everything, in order; what is on disk can be used from the first save on."""
     torch.set_num_threads(1)
     write_prompts()
     tokenizer = make_tokenizer()
@@ -244,8 +284,12 @@ def main() -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    train_unet(pipeline, latents_NCHW, said_N3)
-    pipeline.save_pretrained(BASE)
+
+    for phase in range(len(PHASES)):
+        train_unet(pipeline, latents_NCHW, said_N3, phase)
+        save(pipeline)
+    mix_colours_up(pipeline, latents_NCHW, said_N3)
+    save(pipeline)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from rewards.digit_alignment import CLASSIFIER_PATH, DigitAlignment, load_classi
 CARD = ASSETS / "card.json"
 PARTS = ("digit", "colour", "ground")
 NUM_PROMPTS, IMAGES_PER_PROMPT = 72, 8
-SETTINGS = [(guidance, steps) for guidance in (1.0, 3.0) for steps in (10, 20)]
+SETTINGS = [(guidance, steps) for guidance in (1.0, 3.0) for steps in (4, 20)]
 
 
 def measure_base(policy: Policy, judge: DigitAlignment) -> dict[str, dict[str, float]]:

@@ -106,6 +106,7 @@ def print_table(result: Evaluation) -> None:
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
         title=f"version {result.version} against its base on {result.num_prompts} prompts x "
         f"{result.images_per_prompt} images of {result.prompts}",
     )

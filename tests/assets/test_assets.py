@@ -70,7 +70,11 @@ def test_the_model_is_one_that_plain_diffusers_loads_and_draws_with() -> None:
     images = pipeline(prompts, num_inference_steps=20, eta=1.0, guidance_scale=3.0, generator=generators).images
     assert {image.size for image in images} == {(32, 32)}
     right = DigitAlignment().is_right(np.stack([np.asarray(image) for image in images]), prompts)
-    assert right.mean() > 0.7
+    digit_N, colour_N, ground_N = right.T
+    assert digit_N.mean() > 0.7
+    # It mixes colours up on purpose, but draws both that it was told.
+    assert colour_N.mean() > 0.3
+    assert ground_N.mean() > 0.3
 
 
 def test_assets_are_small() -> None:

@@ -46,7 +46,10 @@ def test_lag_changes_the_weights_from_the_second_version_on(train: Callable[...,
     assert [eager[version] == late[version] for version in range(4)] == [True, True, False, False]
 
 
-@pytest.mark.parametrize("lag", [0, 1, 2])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("lag", [pytest.param(0, marks=SLOW), 1, pytest.param(2, marks=SLOW)])
 def test_a_run_that_loses_every_role_and_its_driver_ends_where_an_unbroken_one_does(
     train: Callable[..., Run], workshop: Path, lag: int
 ) -> None:
