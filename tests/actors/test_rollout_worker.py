@@ -166,6 +166,31 @@ def test_a_ticket_of_a_worker_that_died_is_answered_by_another(
     assert sorted({group.ticket_id for group in groups_in(streams)}) == [ticket.ticket_id for ticket in tickets[:2]]
 
 
+class Death(BaseException):
+    """The end of a process, as far as a test in one process can have it."""
+
+
+@pytest.mark.parametrize(("dies_in", "num_delivered"), [("append", 0), ("acknowledge", 1)])
+def test_a_worker_that_dies_while_it_delivers_leaves_its_ticket_to_another(
+    rollout: Rollout,
+    streams: Streams,
+    recipe: Recipe,
+    tickets: list[Ticket],
+    monkeypatch: pytest.MonkeyPatch,
+    dies_in: str,
+    num_delivered: int,
+) -> None:
+    def die(_: object) -> None:
+        raise Death
+
+    monkeypatch.setattr(streams, dies_in, die)
+    streams.issue(tickets[:1])
+    with pytest.raises(Death):
+        RolloutWorker("0", rollout, streams, recipe).run(until_idle(streams))
+    assert len(list(groups_in(streams))) == num_delivered
+    assert streams.queue_depth().claimed == 1
+
+
 def test_an_error_of_a_reward_reaches_whoever_runs_the_worker(
     policy: Policy, versions: Versions, streams: Streams, recipe: Recipe, tickets: list[Ticket]
 ) -> None:

@@ -143,6 +143,21 @@ def test_copies_of_other_hardware_may_differ_and_the_first_one_counts(
     assert collected.groups[0].content_checksum() == first.content_checksum()
 
 
+def test_a_group_of_another_version_is_no_copy_of_one_that_was_taken(
+    streams: Streams, collector: Collector, tickets: list[Ticket], make_ticket: Make, make_group: Make
+) -> None:
+    collector.expect(0, tickets[:2])
+    collector.expect(1, [make_ticket(index=0, round_=1)])
+    aged = dataclasses.replace(other_copy(make_group(index=0)), version=5)
+    for group in (make_group(index=0), aged, make_group(index=1)):
+        streams.append(group)
+    assert len(collector.collect(0).groups) == 2
+    for group in (aged, make_group(index=0, round_=1)):
+        streams.append(group)
+    assert len(collector.collect(1).groups) == 1
+    assert collector.counts == Counts(stale=2)
+
+
 def test_a_group_of_another_version_is_dropped_and_made_again(
     streams: Streams, collector: Collector, tickets: list[Ticket], make_group: Make
 ) -> None:
