@@ -136,6 +136,9 @@ class Attempt:
                     self._check_rollout(ref)
             if redis.keep_alive(self._recipe.supervision.answer_timeout_s):
                 self._look()
+            else:
+                # What roles say comes through Redis: while it is away, nobody can be judged.
+                self._pulse.forgive_all()
             if wanted := self._run_dir.wanted_rollouts():
                 self._crew.resize(wanted)
 
@@ -170,7 +173,6 @@ class Attempt:
         try:
             said, depth = self._streams.progress(), self._streams.queue_depth()
         except RedisError:
-            # What roles say comes through Redis: while it is away, nobody can be judged.
             self._pulse.forgive_all()
             return
         self._pulse.hear(said)
@@ -178,7 +180,8 @@ class Attempt:
         self._status.progress = {role: words for role, words in said.items() if role in {*self._ranks, *rollouts}}
         self._status.queue = f"{depth.waiting} waiting, {depth.claimed} claimed"
         self._show(self._status)
-        for role in self._pulse.still(self._ranks, bounds.stall_timeout_s):
+        at_work = [role for role in self._ranks if said.get(role, {}).get("state") != "done"]
+        for role in self._pulse.still(at_work, bounds.stall_timeout_s):
             raise LearnerLostError(f"{role} made no progress for {self._pulse.silent_s(role):.0f} s")
         for role in self._pulse.still(rollouts, bounds.stall_timeout_s):
             self._pulse.forgive(role)
