@@ -76,6 +76,7 @@ def test_a_run_that_loses_every_role_and_its_driver_ends_where_an_unbroken_one_d
     assert agrees(finished(resumed, folder), train(*UNBROKEN[lag])), f"killed {moment_s:.3f} s after the restart"
 
 
+@SLOW
 def test_actors_that_come_and_go_while_it_runs_change_nothing(train: Callable[..., Run], workshop: Path) -> None:
     folder = workshop / "scaled"
     with Driver(folder, ["recipe.yaml", *UNBROKEN[1], "rounds=40"], cwd=workshop) as driver:
