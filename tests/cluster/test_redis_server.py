@@ -65,9 +65,10 @@ def test_a_full_server_refuses_groups_and_keeps_those_it_has(
 ) -> None:
     with RedisServer(tmp_path, maxmemory_bytes=3_000_000) as server:
         streams = open_streams(server, num_shards=1)
+        reader = GroupReader(streams, [0])
+        assert reader.read(block_s=0) == []
         with pytest.raises(RedisError, match="the server is full"):
             collections.deque(map(streams.append, map(make_group, itertools.repeat(0), range(1000))))
-        reader = GroupReader(streams, [0])
         rounds = [content.round for content in contents(reader) if isinstance(content, Group)]
         assert rounds == list(range(len(rounds)))
         assert len(rounds) > 5

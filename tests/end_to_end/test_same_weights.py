@@ -180,6 +180,7 @@ def test_a_resume_with_another_number_of_ranks_says_so_and_ends_close(
     assert largest_gap(run, train("lag=0")) < WEIGHT_TOLERANCE
 
 
+@SLOW
 def test_bf16_runs_on_two_ranks_whatever_the_number_of_rollout_actors(train: Callable[..., Run]) -> None:
     settings = ("learner.precision=bf16", "learner.zero_stage=2", TWO_RANKS, "learner.parity_tolerance=0.05")
     run = train(*settings, "rollouts=2")

@@ -354,7 +354,7 @@ def test_what_weights_do_not_depend_on_is_no_part_of_a_recipes_identity(override
         "rewards.0.num_gpus=1",
         "algorithm.kl_weight=1",
         "algorithm.clip_eps=null",
-        "algorithm.num_updates=1",
+        "algorithm.num_updates=2",
         "algorithm.inner_minibatches=2",
         "algorithm.tie_policy=drop",
         "algorithm.loss_scale=none",
