@@ -10,7 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from diffusion.chain import Chain, Trajectories
+from actors.makers import GroupMaker, Made
+from diffusion.chain import Chain
 from diffusion.fingerprint import fingerprint
 from diffusion.weights import unpack, weights_digest
 from protocol.groups import Group
@@ -37,40 +38,55 @@ FetchVersion = Callable[[Ticket], bytes]
 
 
 @dataclass(frozen=True)
+class NoScores:
+    """What a group that nothing is scored of waits for."""
+
+    def ready(self) -> bool:
+        """True, always."""
+        return True
+
+    def result(self) -> Mapping[str, np.ndarray]:
+        """Returns nothing."""
+        return {}
+
+
+@dataclass(frozen=True)
 class Sampled:
     """A group that waits for its scores."""
 
     ticket: Ticket
-    trajectories: Trajectories
+    made: Made
     weights_digest: str
     rollout_s: float
     scores: PendingScores
 
 
 class Rollout:
-    """Samples tickets with exactly the weights that they name."""
+    """Answers tickets with exactly the weights that they name."""
 
-    def __init__(self, chain: Chain, fetch_version: FetchVersion, score: Score, worker: str) -> None:
-        self._chain, self._fetch_version, self._score = chain, fetch_version, score
+    def __init__(self, chain: Chain, maker: GroupMaker, fetch_version: FetchVersion, score: Score, worker: str) -> None:
+        self._chain, self._maker = chain, maker
+        self._fetch_version, self._score = fetch_version, score
         self._worker = f"{worker}@{socket.gethostname()}"
         self._fingerprint = fingerprint(chain.policy.device, chain.policy.base_digest)
         self._digest = ""
 
     def sample(self, ticket: Ticket, after_step: Callable[[], None]) -> Sampled:
-        """Draws the ticket's trajectories and sends the images to be scored, without waiting for the scores."""
-        self._hold(ticket)
+        """Makes the ticket's group and sends its images to be scored, without waiting for the scores."""
+        digest = self._hold(ticket)
         started = time.monotonic()
-        trajectories = self._chain.sample(ticket.prompt, ticket.seeds_G, after_step)
-        images = self._chain.policy.decode(trajectories.latents_GSCHW[:, -1].float())
+        made = self._maker.make(ticket, after_step)
         rollout_s = time.monotonic() - started
-        scores = self._score(images, ticket.prompt, ticket.ticket_id)
-        return Sampled(ticket, trajectories, self._digest, rollout_s, scores)
+        scores: PendingScores = NoScores()
+        if made.images is not None:
+            scores = self._score(made.images, ticket.prompt, ticket.ticket_id)
+        return Sampled(ticket, made, digest, rollout_s, scores)
 
     def complete(self, sampled: Sampled) -> Group:
         """Waits for the scores and returns the group. Raises RewardError if they cannot be had."""
         started = time.monotonic()
-        scores = dict(sampled.scores.result())
-        ticket, drawn = sampled.ticket, sampled.trajectories
+        scores = sampled.scores.result()
+        ticket = sampled.ticket
         return Group(
             ticket_id=ticket.ticket_id,
             round=ticket.round,
@@ -83,19 +99,17 @@ class Rollout:
             worker=self._worker,
             rollout_s=sampled.rollout_s,
             reward_s=time.monotonic() - started,
-            arrays={
-                "latents_GSCHW": drawn.latents_GSCHW.numpy(),
-                "log_prob_GT": drawn.log_prob_GT.numpy(),
-                "scored_T": drawn.scored_T.numpy(),
-                **scores,
-            },
+            num_images=sampled.made.num_images,
+            arrays=sampled.made.with_scores(scores),
         )
 
-    def _hold(self, ticket: Ticket) -> None:
-        """Loads the ticket's weights unless they are held. The digest is then taken of the live parameters:
-        what a group reports is what sampled it, not what was asked for."""
-        if self._digest == ticket.weights_digest:
-            return
-        policy = self._chain.policy
-        policy.load_trainable_state(unpack(self._fetch_version(ticket)))
-        self._digest = weights_digest(policy.trainable_state())
+    def _hold(self, ticket: Ticket) -> str:
+        """Loads the ticket's weights unless they are held. The digest is then taken of the live parameters: what a
+        group reports is what sampled it, not what was asked for. A group that is only encoded holds for any weights."""
+        if not self._maker.is_sampled(ticket):
+            return ticket.weights_digest
+        if self._digest != ticket.weights_digest:
+            policy = self._chain.policy
+            policy.load_trainable_state(unpack(self._fetch_version(ticket)))
+            self._digest = weights_digest(policy.trainable_state())
+        return self._digest

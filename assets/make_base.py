@@ -7,6 +7,7 @@ diffusers or transformers class, saved in the layout of Stable Diffusion.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -152,39 +153,53 @@ def make_networks(tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPT
 
 
 def train_unet(pipeline: StableDiffusionPipeline, latents_NCHW: Tensor, said_N3: Tensor, phase: int) -> None:
-    """Trains noise prediction (Ho et al., arXiv 2006.11239) with prompt dropout for guidance, in place.
+    """Trains noise prediction with prompt dropout for guidance, in place.
 
     Each phase has an optimizer and noise of its own, so that one can be done again from what the one before saved.
     """
     noise = Generator().manual_seed(SEED + 3 + phase)
-    tokens, empty = _tokens_of(pipeline.tokenizer, said_N3), _tokens(pipeline.tokenizer, [""])
-    optimizer = _unfreeze(pipeline)
-    shape, num_steps = PHASES[phase]
-    schedule = _schedule(optimizer, shape, num_steps)
-    for step in range(num_steps):
-        pick_N = torch.randint(len(said_N3), (BATCH_SIZE,), generator=noise)
+    tokens_NL, empty_1L = _tokens_of(pipeline.tokenizer, said_N3), _tokens(pipeline.tokenizer, [""])
+
+    def write(pick_N: Tensor) -> Tensor:
         dropped_N = torch.rand(BATCH_SIZE, generator=noise) < PROMPT_DROPOUT
-        embedding_NLE = pipeline.text_encoder(torch.where(dropped_N[:, None], empty, tokens[pick_N]))[0]
-        loss = _noise_error(pipeline, latents_NCHW[pick_N], embedding_NLE, noise)
-        _descend(loss, optimizer, schedule)
-        _say(f"unet, phase {phase},", step, loss)
+        return torch.where(dropped_N[:, None], empty_1L, tokens_NL[pick_N])
+
+    shape, num_steps = PHASES[phase]
+    _train(pipeline, latents_NCHW, write, noise, shape, num_steps)
 
 
 def mix_colours_up(pipeline: StableDiffusionPipeline, latents_NCHW: Tensor, said_N3: Tensor) -> None:
     """Trains on with prompts of which a share has its colours exchanged, in place."""
     noise = Generator().manual_seed(SEED + 4)
-    right, swapped = (_tokens_of(pipeline.tokenizer, scenes_N3) for scenes_N3 in (said_N3, _swap_colours(said_N3)))
-    empty = _tokens(pipeline.tokenizer, [""])
-    optimizer = _unfreeze(pipeline)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, SWAPPED_RATE, SWAPPED_STEPS, pct_start=0.1)
-    for step in range(SWAPPED_STEPS):
-        pick_N = torch.randint(len(said_N3), (BATCH_SIZE,), generator=noise)
+    right_NL, swapped_NL = (_tokens_of(pipeline.tokenizer, each_N3) for each_N3 in (said_N3, _swap_colours(said_N3)))
+    empty_1L = _tokens(pipeline.tokenizer, [""])
+
+    def write(pick_N: Tensor) -> Tensor:
         swapped_N1, dropped_N1 = torch.rand(2, BATCH_SIZE, 1, generator=noise)
-        tokens = torch.where(swapped_N1 < SWAPPED_PROMPTS, swapped[pick_N], right[pick_N])
-        tokens = torch.where(dropped_N1 < PROMPT_DROPOUT, empty, tokens)
-        loss = _noise_error(pipeline, latents_NCHW[pick_N], pipeline.text_encoder(tokens)[0], noise)
+        said_NL = torch.where(swapped_N1 < SWAPPED_PROMPTS, swapped_NL[pick_N], right_NL[pick_N])
+        return torch.where(dropped_N1 < PROMPT_DROPOUT, empty_1L, said_NL)
+
+    _train(pipeline, latents_NCHW, write, noise, "mix", SWAPPED_STEPS)
+
+
+def _train(
+    pipeline: StableDiffusionPipeline,
+    latents_NCHW: Tensor,
+    write: Callable[[Tensor], Tensor],
+    noise: Generator,
+    shape: str,
+    num_steps: int,
+) -> None:
+    """Trains noise prediction (Ho et al., arXiv 2006.11239) along one learning-rate phase, in place. `write` returns
+    the prompts' tokens, (N, L), of the latents picked; it draws from `noise` too."""
+    optimizer = _unfreeze(pipeline)
+    schedule = _schedule(optimizer, shape, num_steps)
+    for step in range(num_steps):
+        pick_N = torch.randint(len(latents_NCHW), (BATCH_SIZE,), generator=noise)
+        embedding_NLE = pipeline.text_encoder(write(pick_N))[0]
+        loss = _noise_error(pipeline, latents_NCHW[pick_N], embedding_NLE, noise)
         _descend(loss, optimizer, schedule)
-        _say("unet, colours mixed up,", step, loss)
+        _say(f"unet, {shape},", step, loss)
 
 
 def _unfreeze(pipeline: StableDiffusionPipeline) -> torch.optim.Optimizer:
@@ -205,6 +220,8 @@ def _schedule(optimizer: torch.optim.Optimizer, shape: str, num_steps: int) -> t
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, round(num_steps / 0.3002))
     if shape == "fall":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    if shape == "mix":
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, SWAPPED_RATE, num_steps, pct_start=0.1)
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +27,12 @@ from learner.two_pass import differentiate, surrogate
 from protocol.codec import decode_group, encode_group
 from protocol.groups import Group
 from protocol.paths import ROOT
+from protocol.recipe import Recipe
 from protocol.recipe_file import load_recipe
 
 RESULTS = Path(__file__).with_name("results.json")
-RECIPE = load_recipe("recipes/tiny_prdp.yaml")
+TINY = "recipes/tiny_prdp.yaml"
+RECIPE, LONGER = load_recipe(TINY), load_recipe(TINY, ["sampler.num_steps=10"])
 NUM_GROUPS, GROUP_SIZE, MICRO_BATCH = 4, 8, 16
 PROMPTS = (
     "a red seven on a blue ground",
@@ -36,12 +40,19 @@ PROMPTS = (
     "a pink one on a green ground",
     "a blue four on a red ground",
 )
+RELAXED_THREADS = 2
+RUN_TIMEOUT_S = 300
+"""Of a whole run of the system: a minute where nothing else runs."""
 
 
 def ratio(first: Callable[[], object], second: Callable[[], object], num_pairs: int = 5) -> dict[str, float]:
     """Returns the median, least and greatest ratio of times, first over second, measured in turn."""
     first(), second()
-    ratios = [_seconds(first) / _seconds(second) for _ in range(num_pairs)]
+    return spread([_seconds(first) / _seconds(second) for _ in range(num_pairs)])
+
+
+def spread(ratios: Sequence[float]) -> dict[str, float]:
+    """Returns what is kept of several ratios."""
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
@@ -52,9 +63,15 @@ def two_pass_time() -> dict[str, float]:
 
 
 def two_pass_memory() -> dict[str, float]:
-    """Peak memory of the two forms beyond the loaded model; a peak cannot be reset, so each has a process."""
-    peaks = {form: int(_python("--peak", form)) for form in ("none", "two_pass", "one_shot")}
-    return {"median": (peaks["two_pass"] - peaks["none"]) / (peaks["one_shot"] - peaks["none"])}
+    """Peak memory of the two-pass gradient over that of one-shot autograd, for trajectories of ten steps.
+
+    In a process of its own, whose allocator hands tensors back when they are freed: memory that earlier work has left
+    lying about would hide what is used anew.
+    """
+    command = [sys.executable, "-m", "bench.run", "--peaks"]
+    frees_at_once = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, env=frees_at_once)
+    return spread([two_pass / one_shot for two_pass, one_shot in json.loads(done.stdout.splitlines()[-1])])
 
 
 def group_batch() -> dict[str, float]:
@@ -66,29 +83,32 @@ def group_batch() -> dict[str, float]:
 def batch_is_the_group() -> dict[str, float]:
     """Time to sample groups one by one over all of their siblings in one batch, whose bits depend on the company."""
     chain = _chain()
-    seeds_PG = [range(number * GROUP_SIZE, (number + 1) * GROUP_SIZE) for number in range(NUM_GROUPS)]
-    return ratio(
-        lambda: [chain.sample(prompt, seeds_G) for prompt, seeds_G in zip(PROMPTS, seeds_PG, strict=True)],
-        lambda: _sample_together(chain, [seed for seeds_G in seeds_PG for seed in seeds_G]),
-    )
+    return ratio(lambda: _sample_groups(chain), lambda: _sample_together(chain))
+
+
+def one_thread() -> dict[str, float]:
+    """Time to sample a round with one thread, as recipes do unless told otherwise, over that with two."""
+    chain = _chain()
+    return ratio(lambda: _sample_groups(chain), lambda: _with_threads(RELAXED_THREADS, lambda: _sample_groups(chain)))
 
 
 def proofs() -> dict[str, float]:
-    """Time of a round's digests and checksums (weights twice, as learner and one rollout do; each group twice, as made
-    and as received) over the time to sample the round."""
+    """Time of a round's digests and checksums over the time to sample the round."""
     chain = _chain()
-    drawn = chain.sample(PROMPTS[0], range(GROUP_SIZE))
-    arrays = {"latents_GSCHW": drawn.latents_GSCHW.numpy(), "log_prob_GT": drawn.log_prob_GT.numpy()}
-    group = Group("000000-0000", 0, 0, PROMPTS[0], 0, "0" * 64, "{}", "{}", "w", 0.0, 0.0, arrays)
-    weights = chain.policy.trainable_state()
+    return ratio(_make_prove(chain), lambda: _sample_groups(chain))
 
-    def prove() -> None:
-        for _ in range(2):
-            weights_digest(weights)
-        for _ in range(2 * NUM_GROUPS):
-            group.content_checksum()
 
-    return ratio(prove, lambda: [chain.sample(prompt, range(GROUP_SIZE)) for prompt in PROMPTS])
+def determinism() -> dict[str, float]:
+    """Time of a rollout worker's round as it is made (one thread, a group a batch, digests and checksums) over that of
+    a round with all of it relaxed (two threads, one batch, no digests)."""
+    chain = _chain()
+    prove = _make_prove(chain)
+
+    def as_it_is() -> None:
+        _sample_groups(chain)
+        prove()
+
+    return ratio(as_it_is, lambda: _with_threads(RELAXED_THREADS, lambda: _sample_together(chain)))
 
 
 def codec() -> dict[str, float]:
@@ -99,15 +119,15 @@ def codec() -> dict[str, float]:
 
 
 def lag() -> dict[str, float]:
-    """Wall time of a run that overlaps sampling and learning over one that alternates."""
-    return ratio(lambda: _train("lag=1"), lambda: _train("lag=0"), num_pairs=1)
+    """Time of a round of a run that overlaps sampling and learning over that of one that alternates."""
+    return spread([_seconds_a_round("lag=1") / _seconds_a_round("lag=0")])
 
 
 class GradientProblem:
     """One PRDP gradient on sampled groups of the embedded model, in either form."""
 
-    def __init__(self) -> None:
-        self._chain = _chain()
+    def __init__(self, recipe: Recipe = RECIPE) -> None:
+        self._chain = _chain(recipe)
         drawn = [
             self._chain.sample(prompt, range(number * 8, number * 8 + GROUP_SIZE))
             for number, prompt in enumerate(PROMPTS)
@@ -157,10 +177,15 @@ class GradientProblem:
         ).log_prob_N
 
 
+def _sample_groups(chain: Chain) -> None:
+    for number, prompt in enumerate(PROMPTS):
+        chain.sample(prompt, range(number * GROUP_SIZE, (number + 1) * GROUP_SIZE))
+
+
 @torch.no_grad()
-def _sample_together(chain: Chain, seeds: list[int]) -> None:
+def _sample_together(chain: Chain) -> None:
     """What a sampler does that fills its batch with whoever is there."""
-    shape_CHW = chain.policy.latent_shape_CHW
+    seeds, shape_CHW = range(NUM_GROUPS * GROUP_SIZE), chain.policy.latent_shape_CHW
     embedding_NLE = chain.policy.embed_all(PROMPTS).repeat_interleave(GROUP_SIZE, dim=0)
     state_NCHW = initial_noise(seeds, shape_CHW, shared=False)
     for step in range(len(chain.schedule)):
@@ -169,9 +194,34 @@ def _sample_together(chain: Chain, seeds: list[int]) -> None:
         state_NCHW = drawn.next_state_NCHW
 
 
-def _chain() -> Chain:
+def _make_prove(chain: Chain) -> Callable[[], None]:
+    """Returns what takes a round's digests: of weights twice, as learner and one rollout worker do, and of each group
+    twice, as made and as received."""
+    drawn = chain.sample(PROMPTS[0], range(GROUP_SIZE))
+    arrays = {"latents_GSCHW": drawn.latents_GSCHW.numpy(), "log_prob_GT": drawn.log_prob_GT.numpy()}
+    group = Group("000000-0000", 0, 0, PROMPTS[0], 0, "0" * 64, "{}", "{}", "w", 0.0, 0.0, arrays)
+    weights = chain.policy.trainable_state()
+
+    def prove() -> None:
+        for _ in range(2):
+            weights_digest(weights)
+        for _ in range(2 * NUM_GROUPS):
+            group.content_checksum()
+
+    return prove
+
+
+def _with_threads(count: int, run: Callable[[], None]) -> None:
+    torch.set_num_threads(count)
+    try:
+        run()
+    finally:
+        torch.set_num_threads(1)
+
+
+def _chain(recipe: Recipe = RECIPE) -> Chain:
     torch.set_num_threads(1)
-    return Chain(Policy.from_recipe(RECIPE), RECIPE.sampler)
+    return Chain(Policy.from_recipe(recipe), recipe.sampler)
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -180,29 +230,47 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _train(*overrides: str) -> None:
+def _seconds_a_round(*overrides: str) -> float:
+    """Returns the median over the rounds of a short run of the whole system, but for the first, which waits for
+    processes to warm up. Raises TimeoutExpired."""
     with tempfile.TemporaryDirectory() as folder:
-        size = ["rounds=4", "batch.num_groups=8", "learner.world_size=1", *overrides]
-        command = [sys.executable, "sfumato.py", "train", "recipes/tiny_prdp.yaml", "--run-dir", f"{folder}/run", *size]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        size = ["rounds=6", "batch.num_groups=8", "rollouts=1", "learner.world_size=1", *overrides]
+        command = [sys.executable, "sfumato.py", "train", TINY, "--run-dir", f"{folder}/run", *size]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=RUN_TIMEOUT_S)
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    elapsed_s = [json.loads(line)["time/elapsed_s"] for line in lines]
+    return statistics.median(after - before for before, after in pairwise(elapsed_s))
 
 
-def _python(*arguments: str) -> str:
-    command = [sys.executable, "-m", "bench.run", *arguments]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()[-1]
+def print_peaks(num_pairs: int = 3) -> None:
+    """Prints by how many bytes memory grows in a two-pass and in a one-shot gradient, several times."""
+    problem = GradientProblem(LONGER)
+    for warm_up in (problem.two_pass, problem.one_shot):
+        warm_up()
+    print([[_peak_bytes(problem.two_pass), _peak_bytes(problem.one_shot)] for _ in range(num_pairs)])
 
 
-def print_peak(form: str) -> None:
-    """Prints this process's peak memory in kB after one gradient in the form named, or after none."""
-    problem = GradientProblem()
-    if form != "none":
-        getattr(problem, form)()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+def _peak_bytes(run: Callable[[], object]) -> int:
+    """Returns by how much memory at most exceeds what it is now. Linux forgets a peak when told to."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _memory_bytes("VmRSS")
+    run()
+    return _memory_bytes("VmHWM") - before
+
+
+def _memory_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def main(names: list[str]) -> None:
     """Runs the named benchmarks, or all, and keeps the results of the others."""
-    chosen = (two_pass_time, two_pass_memory, group_batch, batch_is_the_group, proofs, codec, lag)
+    chosen = (
+        *(two_pass_time, two_pass_memory, group_batch),
+        *(determinism, one_thread, batch_is_the_group, proofs),
+        *(codec, lag),
+    )
     benchmarks = {run.__name__: run for run in chosen}
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in names or benchmarks:
@@ -212,7 +280,7 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--peak"]:
-        print_peak(sys.argv[2])
+    if sys.argv[1:] == ["--peaks"]:
+        print_peaks()
     else:
         main(sys.argv[1:])

@@ -109,7 +109,8 @@ class Attempt:
     def _wait_until_built(self, refs: list[Any]) -> None:
         """Also tries every reward once: one that cannot score is refused before anything is sampled."""
         size = image_size(model_source(self._recipe.model.path)) or USUAL_IMAGE_SIZE
-        probes = [actor.probe.remote(self._plan.prompts[:1], size) for pool in self._pools for actor in pool.actors]
+        prompts = self._plan.sources[0].prompts[:1]
+        probes = [actor.probe.remote(prompts, size) for pool in self._pools for actor in pool.actors]
         for ref in [*probes, *refs]:
             self._first(ref)
 
@@ -121,7 +122,7 @@ class Attempt:
             raise start_error(error) from error
 
     def _start_rollout(self, name: str) -> Any:
-        return launch.start_rollout(name, self._recipe, self._endpoint, self._store, self._pools)
+        return launch.start_rollout(name, self._recipe, self._run_dir.path, self._endpoint, self._store, self._pools)
 
     def _watch(self, training: list[Any], redis: RedisKeeper) -> None:
         """Returns when every rank is done. Raises an error of ours, or LearnerLostError."""
@@ -199,11 +200,11 @@ class Attempt:
 
     def _draw_grid(self, round_: int) -> None:
         """Samples the same prompts and seeds before and after, for people to look at."""
-        prompts_file = self._recipe.prompts.held_out or str(self._run_dir.prompts_file)
+        held_out = self._recipe.prompts.held_out
         found = latest_checkpoint(self._run_dir.path)
         data = found.version_bytes(round_) if round_ and found else None
         wanted = self._recipe.evaluation.grid_prompts
-        prompts = spread(read_prompts(prompts_file), wanted)
+        prompts = spread(read_prompts(held_out) if held_out else self._plan.sources[0].prompts, wanted)
         self._tell("drawing samples")
         rows = self._first(self._crew.actors[0].draw_grid.remote(prompts, data))
         samples = self._run_dir.path / "samples"

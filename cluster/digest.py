@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from cluster.run_dir import read_recipe
+from cluster.verify import VersionsLine, digests_of, read_lines, refuse
 from protocol.errors import RunDirError
 
 
 def digest_of(run_dir: Path, version: int | None) -> tuple[int, str]:
-    """Returns (version, digest) of a version, or of the newest. Raises RunDirError if the run has none such."""
+    """Returns (version, digest) of a version, or of the newest. Raises RunDirError if the run has none such, and
+    VerifyError naming the lines of its ledger that cannot be read."""
     read_recipe(run_dir)
-    digests = _digests(run_dir / "ledger.jsonl")
+    lines, unreadable = read_lines(run_dir / "ledger.jsonl", VersionsLine)
+    refuse(f"the ledger of the run {run_dir} cannot be read", unreadable)
+    digests = digests_of(lines)
     if not digests:
         raise RunDirError(f"the run {run_dir} has not published a version yet", do="wait for its first round")
     wanted = max(digests) if version is None else version
@@ -23,14 +26,3 @@ def digest_of(run_dir: Path, version: int | None) -> tuple[int, str]:
             expected=f"a number from {min(digests)} to {max(digests)}",
         )
     return wanted, digests[wanted]
-
-
-def _digests(ledger: Path) -> dict[int, str]:
-    digests: dict[int, str] = {}
-    for line in ledger.read_text().splitlines(keepends=True) if ledger.exists() else []:
-        if not line.endswith("\n"):
-            break  # A run in progress is just writing it, or a crash cut it short.
-        row = json.loads(line)
-        digests[row["version"]] = row["digest"]
-        digests[row["published_version"]] = row["published_digest"]
-    return digests

@@ -25,13 +25,13 @@ from cluster import launch
 from cluster.attempt import Attempt, LearnerLostError, Show, Status
 from cluster.redis_server import ForeignRedis, RedisKeeper, RedisServer
 from cluster.run_dir import RunDir
+from cluster.sources import prepare_sources, read_plan
 from learner.checkpoint import latest_checkpoint
 from protocol.derived import MIN_REDIS_BYTES, in_flight_bytes, latent_shape, redis_bytes
 from protocol.errors import RedisError, TrainingError
-from protocol.paths import model_source, read_prompts
+from protocol.paths import model_source
 from protocol.recipe import Recipe
 from protocol.stream import connect
-from protocol.tickets import TicketPlan
 
 
 class Driver:
@@ -39,10 +39,9 @@ class Driver:
 
     def __init__(self, recipe: Recipe, run_dir: RunDir, show: Show, *, debug: bool = False) -> None:
         self._recipe, self._run_dir, self._show, self._debug = recipe, run_dir, show, debug
-        prompts = tuple(read_prompts(str(run_dir.prompts_file)))
-        batch = recipe.batch
-        self._plan = TicketPlan(recipe.seed, prompts, batch.num_groups, batch.group_size, recipe.lag)
         self._status = Status(attempt=run_dir.attempt)
+        prepare_sources(recipe, run_dir.path, self._tell)
+        self._plan = read_plan(recipe, run_dir.path)
         self._num_lost, self._reached = 0, 0
 
     def run(self) -> None:
@@ -73,7 +72,10 @@ class Driver:
             ) from error
         self._status.restarts += 1
         self._status.attempt = self._run_dir.next_attempt()
-        self._status.phase = f"restarting the learner ({error})"
+        self._tell(f"restarting the learner ({error})")
+
+    def _tell(self, phase: str) -> None:
+        self._status.phase = phase
         self._show(self._status)
 
     def _redis(self, stack: ExitStack) -> tuple[str, RedisKeeper]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.evaluator import Estimate, ScoreImages, estimate, score_prompts, win_rate
+from cluster.device import own_device
 from cluster.run_dir import read_recipe
 from diffusion.chain import Chain
 from diffusion.policy import Policy
@@ -62,7 +63,7 @@ def evaluate_run(run_dir: Path, prompts_file: str | None) -> Evaluation:
     if found is None:
         raise RunDirError(f"the run {run_dir} has no checkpoint yet", do="wait for it, or resume the run")
     torch.set_num_threads(recipe.rollout_worker.threads)
-    policy = Policy.from_recipe(recipe, _device(recipe))
+    policy = Policy.from_recipe(recipe, own_device(wants_gpu=recipe.rollout_worker.num_gpus > 0))
     chain, score = Chain(policy, recipe.sampler), make_scorer(recipe)
     # A policy as loaded computes what the base does: its adapters start as zero.
     base = score_prompts(chain, prompts, settings.images_per_prompt, settings.seed, score)
@@ -82,6 +83,8 @@ def evaluate_run(run_dir: Path, prompts_file: str | None) -> Evaluation:
 def make_scorer(recipe: Recipe) -> ScoreImages:
     """Returns a function that scores images with every reward of a recipe, in this process."""
     trained, extra = recipe.rewards, recipe.evaluation.rewards
+    if not (trained or extra):
+        raise RecipeError("there is nothing to evaluate by", do="name rewards under evaluation.rewards in the recipe")
     functions = {reward.label: build(reward.name, reward.kwargs) for reward in (*trained, *extra)}
     weights = {reward.label: reward.weight for reward in trained}
 
@@ -90,6 +93,8 @@ def make_scorer(recipe: Recipe) -> ScoreImages:
         parts = {
             label: check_scores(label, function(images, prompts), prompts) for label, function in functions.items()
         }
+        if not weights:
+            return parts
         return {"mean": weighted_sum({label: parts[label] for label in weights}, weights), **parts}
 
     return score
@@ -129,8 +134,3 @@ def write_json(result: Evaluation, path: Path) -> None:
 
 def _with_error(part: Estimate) -> str:
     return f"{part.mean:.3f} ± {part.standard_error:.3f}"
-
-
-def _device(recipe: Recipe) -> str:
-    wants_gpu = recipe.rollout_worker.num_gpus > 0
-    return "cuda" if wants_gpu and torch.cuda.is_available() else "cpu"

@@ -12,8 +12,8 @@ CELL_PX = 96
 GAP_PX = 6
 CAPTION_PX = 18
 
-Row = tuple[str, np.ndarray, np.ndarray]
-"""(prompt, images uint8 (N, H, W, 3), rewards (N,))."""
+Row = tuple[str, np.ndarray, np.ndarray | None]
+"""(prompt, images uint8 (N, H, W, 3), rewards (N,) or None)."""
 
 
 def grid(rows: Sequence[Row], title: str = "") -> Image.Image:
@@ -26,7 +26,8 @@ def grid(rows: Sequence[Row], title: str = "") -> Image.Image:
     draw.text((GAP_PX, GAP_PX // 2), title, fill="black", font=ImageFont.load_default(size=14))
     for number, (prompt, images, rewards) in enumerate(rows):
         y = top + number * row_px
-        draw.text((GAP_PX, y + 2), f"{prompt} | reward {np.mean(rewards):.2f}", fill="black", font=font)
+        caption = prompt if rewards is None else f"{prompt} | reward {np.mean(rewards):.2f}"
+        draw.text((GAP_PX, y + 2), caption, fill="black", font=font)
         for column, image in enumerate(images):
             canvas.paste(_cell(image), (GAP_PX + column * (CELL_PX + GAP_PX), y + CAPTION_PX))
     return canvas

@@ -56,8 +56,10 @@ class RolloutProcess:
     The constructor builds nothing: an error of ours raised there would reach the driver as a dead actor's.
     """
 
-    def __init__(self, name: str, recipe: Recipe, endpoint: Endpoint, store: Any, pools: Sequence[RewardPool]) -> None:
-        self._name, self._recipe, self._endpoint = name, recipe, endpoint
+    def __init__(
+        self, name: str, recipe: Recipe, run_dir: str, endpoint: Endpoint, store: Any, pools: Sequence[RewardPool]
+    ) -> None:
+        self._name, self._recipe, self._run_dir, self._endpoint = name, recipe, Path(run_dir), endpoint
         self._store, self._scorer = StoreClient(store), Scorer(pools)
         self._stopping = threading.Event()
 
@@ -65,6 +67,8 @@ class RolloutProcess:
         """Loads the model and connects."""
         import torch
 
+        from actors.makers import GroupMaker
+        from actors.real import open_real_images
         from actors.rollout import Rollout
         from actors.rollout_worker import RolloutWorker
         from diffusion.chain import Chain
@@ -73,7 +77,8 @@ class RolloutProcess:
         torch.set_num_threads(self._recipe.rollout_worker.threads)
         self._policy = Policy.from_recipe(self._recipe, device_of(self._recipe.rollout_worker))
         self._chain = Chain(self._policy, self._recipe.sampler)
-        rollout = Rollout(self._chain, self._fetch, self._scorer, self._name)
+        maker = GroupMaker(self._chain, self._recipe, open_real_images(self._recipe, self._run_dir, self._policy))
+        rollout = Rollout(self._chain, maker, self._fetch, self._scorer, self._name)
         self._worker = RolloutWorker(self._name, rollout, self._endpoint.open(), self._recipe)
 
     def build_and_run(self) -> None:
@@ -99,7 +104,7 @@ class RolloutProcess:
         rows = []
         for prompt in prompts:
             images = draw_images(self._chain, prompt, self._recipe.evaluation.grid_images, self._recipe.evaluation.seed)
-            rows.append((prompt, images, self._scorer(images, prompt, prompt).result()["reward_G"]))
+            rows.append((prompt, images, self._scorer(images, prompt, prompt).result().get("reward_G")))
         return rows
 
     def _fetch(self, ticket: Ticket) -> bytes:
@@ -256,11 +261,13 @@ def start_rewards(recipe: Recipe) -> list[RewardPool]:
     ]
 
 
-def start_rollout(name: str, recipe: Recipe, endpoint: Endpoint, store: Any, pools: Sequence[RewardPool]) -> Any:
+def start_rollout(
+    name: str, recipe: Recipe, run_dir: Path, endpoint: Endpoint, store: Any, pools: Sequence[RewardPool]
+) -> Any:
     """Starts one rollout actor."""
     options = _options(recipe.rollout_worker)
     remote = ray.remote(RolloutProcess).options(**options, max_concurrency=2)
-    return remote.remote(name, recipe, endpoint, store, pools)
+    return remote.remote(name, recipe, str(run_dir), endpoint, store, pools)
 
 
 def start_learners(recipe: Recipe) -> tuple[list[Any], PlacementGroup]:

@@ -18,6 +18,8 @@ from protocol.recipe import Recipe
 
 BARS = "▁▂▃▄▅▆▇█"
 TREND_LENGTH = 40
+SHARES = {"clip_fraction": "clip", "pairs/accuracy": "pairs won"}
+"""What is shown of an algorithm's own metrics, where it has them."""
 
 
 @contextmanager
@@ -69,9 +71,11 @@ class PlainLines:
 def round_line(recipe: Recipe, rows: list[dict[str, Any]], status: Status) -> str:
     """Returns a round in one line."""
     row = rows[-1]
+    reward = f"reward {row['reward/mean']:.3f}  " if "reward/mean" in row else ""
+    share = "".join(f"{name} {row[key]:.2f}  " for key, name in SHARES.items() if key in row)
     return (
-        f"round {row['round'] + 1}/{recipe.rounds}  reward {row['reward/mean']:.3f}  loss {row['loss']:.3g}  "
-        f"clip {row['clip_fraction']:.2f}  learner {row['time/learner_s']:.1f} s  wait {row['time/wait_s']:.1f} s  "
+        f"round {row['round'] + 1}/{recipe.rounds}  {reward}loss {row['loss']:.3g}  "
+        f"{share}learner {row['time/learner_s']:.1f} s  wait {row['time/wait_s']:.1f} s  "
         f"{busy(status)}  ETA {duration(eta_s(recipe, rows))}"
     )
 
@@ -83,9 +87,12 @@ def panel(recipe: Recipe, rows: list[dict[str, Any]], status: Status) -> Group:
     table.add_row("phase", status.phase + attempt)
     table.add_row("round", f"{len(rows)} of {recipe.rounds}")
     if rows:
-        rewards = [row["reward/mean"] for row in rows]
-        table.add_row("reward", f"{rewards[-1]:.3f}  {trend(rewards)}  (first {rewards[0]:.3f})")
-        table.add_row("clip fraction", f"{rows[-1]['clip_fraction']:.2f}")
+        name = "reward/mean" if "reward/mean" in rows[-1] else "loss"
+        values = [row[name] for row in rows if name in row]
+        table.add_row(name.split("/")[0], f"{values[-1]:.3f}  {trend(values)}  (first {values[0]:.3f})")
+        for key, words in SHARES.items():
+            if key in rows[-1]:
+                table.add_row(words, f"{rows[-1][key]:.2f}")
         table.add_row("ETA", duration(eta_s(recipe, rows)))
     table.add_row("busy", busy(status))
     table.add_row("tickets", status.queue)

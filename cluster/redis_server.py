@@ -16,6 +16,7 @@ code between fork and exec can deadlock in a process with other threads, such as
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import random
@@ -164,6 +165,7 @@ class RedisServer:
         """Ends the server, and all it holds. May be repeated."""
         if self._process is None:
             return
+        self._client.close()
         self._process.terminate()
         try:
             self._process.wait(STOP_TIMEOUT_S)
@@ -222,10 +224,14 @@ class RedisServer:
     def _answers(self) -> bool:
         """The password makes sure that it is our server, not another that took the port."""
         try:
-            with redis.Redis.from_url(self.url, socket_timeout=1.0, retry=Retry(NoBackoff(), 0)) as client:
-                return bool(client.ping())
+            return bool(self._client.ping())
         except redis.RedisError:
             return False
+
+    @functools.cached_property
+    def _client(self) -> redis.Redis:
+        """Asks for signs of life. It outlasts the server: a connection that broke is made anew when next used."""
+        return redis.Redis.from_url(self.url, socket_timeout=1.0, retry=Retry(NoBackoff(), 0))
 
     def _failure(self, what: str) -> RedisError:
         tail = self._log.read_text(errors="replace").splitlines()[-10:] if self._log.exists() else []

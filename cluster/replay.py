@@ -17,8 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.makers import GroupMaker
+from actors.real import open_real_images
 from actors.reward_actor import RewardActor
 from actors.rollout import FetchVersion, Rollout, Score
+from cluster.device import own_device
 from cluster.verify import Record, Row, Violation, place, refuse
 from diffusion.chain import Chain
 from diffusion.fingerprint import fingerprint
@@ -26,9 +29,9 @@ from diffusion.policy import Policy
 from diffusion.weights import pack
 from learner.checkpoint import Checkpoint
 from protocol.errors import RunDirError, VerifyError
-from protocol.recipe import Recipe, Reward
+from protocol.recipe import Reward
 from protocol.tickets import Ticket, TicketPlan
-from rewards.composition import weighted_sum
+from rewards.composition import named_scores
 from rewards.contract import check_scores
 from rewards.loading import build
 
@@ -63,8 +66,9 @@ def replay(record: Record, num_groups: int, seed: int) -> dict[str, str]:
     rows = replayable(record)
     choices = [Draw(row, index) for row in rows for index in range(len(row.tickets))]
     drawn = random.Random(seed).sample(choices, min(num_groups, len(choices)))
-    with _threads(record.recipe.rollout_worker.threads):
-        policy = Policy.from_recipe(record.recipe, _device(record.recipe))
+    worker = record.recipe.rollout_worker
+    with _threads(worker.threads):
+        policy = Policy.from_recipe(record.recipe, own_device(wants_gpu=worker.num_gpus > 0))
         own = json.loads(fingerprint(policy.device, policy.base_digest))
         comparable = [draw for draw in drawn if draw.fingerprint == own]
         if not comparable:
@@ -108,7 +112,9 @@ def _nothing_comparable(drawn: Sequence[Draw], own: Mapping[str, Any]) -> Verify
 
 def _compare_all(draws: Sequence[Draw], record: Record, policy: Policy) -> None:
     score = make_score(record.recipe.rewards)
-    rollout = Rollout(Chain(policy, record.recipe.sampler), _make_fetch(record, policy), score, "verify")
+    chain = Chain(policy, record.recipe.sampler)
+    maker = GroupMaker(chain, record.recipe, open_real_images(record.recipe, record.run_dir, policy))
+    rollout = Rollout(chain, maker, _make_fetch(record, policy), score, "verify")
     # By version, so that each is loaded once.
     in_order = sorted(draws, key=lambda draw: (draw.row.version, draw.row.round, draw.index))
     refuse(
@@ -151,11 +157,6 @@ def _read(found: Checkpoint, version: int) -> bytes:
         ) from error
 
 
-def _device(recipe: Recipe) -> str:
-    wants_gpu = recipe.rollout_worker.num_gpus > 0
-    return "cuda" if wants_gpu and torch.cuda.is_available() else "cpu"
-
-
 @dataclass(frozen=True)
 class Scored:
     """Scores that are there as soon as they are asked for."""
@@ -181,7 +182,7 @@ def make_score(rewards: Sequence[Reward]) -> Score:
         for reward in rewards:
             with _threads(reward.threads):
                 parts[reward.label] = actors[reward.label].score(images, prompt)
-        return Scored({"reward_G": weighted_sum(parts, weights), **{f"reward_{k}_G": v for k, v in parts.items()}})
+        return Scored(named_scores(parts, weights))
 
     return score
 

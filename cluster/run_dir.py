@@ -1,6 +1,7 @@
 """The run directory: who may write into it, and which run and attempt it holds.
 
-recipe.yaml  run.json  prompts.txt      what the run is
+recipe.yaml  run.json                   what the run is
+prompts.txt  data-*.jsonl               what its tickets start from (cluster/sources.py)
 metrics.jsonl  ledger.jsonl             a line a round
 checkpoints/  samples/  export/         state, pictures, and weights for other tools
 .lock                                   held while a driver lives
@@ -22,7 +23,6 @@ from typing import Any
 import yaml
 
 from protocol.errors import RecipeError, RunDirError
-from protocol.paths import find_file
 from protocol.recipe import LAYOUT, Recipe
 from protocol.recipe_file import dump_recipe, parse_recipe
 from protocol.stream import redacted_url
@@ -53,14 +53,7 @@ class RunDir:
         self.attempt: int = before["attempt"] if before else -1
         self.next_attempt()
         (self.path / SCALE_FILE).unlink(missing_ok=True)
-        if before is None:
-            (self.path / "prompts.txt").write_bytes(find_file(recipe.prompts.train).read_bytes())
         _write(self.path / "recipe.yaml", dump_recipe(_without_password(recipe)))
-
-    @property
-    def prompts_file(self) -> Path:
-        """The training prompts as they were when the run was made: a changed file must not change the run."""
-        return self.path / "prompts.txt"
 
     def wanted_rollouts(self) -> int | None:
         """Returns how many rollout actors `sfumato scale` has asked this driver for, if it has."""
@@ -160,7 +153,7 @@ def _refuse_taken(path: Path) -> None:
 
 def _clear_false_start(path: Path) -> None:
     """Deletes what a run left that failed before its first round."""
-    for name in ("run.json", "recipe.yaml", "prompts.txt", "redis.log"):
+    for name in ("run.json", "recipe.yaml", "prompts.txt", "redis.log", *(file.name for file in path.glob("data-*"))):
         (path / name).unlink(missing_ok=True)
     shutil.rmtree(path / "samples", ignore_errors=True)
 
@@ -174,8 +167,8 @@ def _refuse_other_recipe(path: Path, recipe: Recipe) -> None:
     if differing:
         raise RunDirError(
             f"the run in {path} was made with another recipe, which differs in {', '.join(differing)}",
-            expected="the same recipe: a run is a function of it (rounds, rollouts, redis, placement and the learner's "
-            "layout may change)",
+            expected="the same recipe: a run is a function of it (rollouts, redis, placement and the learner's layout may "
+            "change; rounds too, unless learning rates follow from them)",
             do="resume with the run's own recipe.yaml, or start a new run in another --run-dir",
         )
 

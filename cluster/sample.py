@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from PIL import Image
 from pydantic import ValidationError
 
 from actors.evaluator import draw_images
+from cluster.device import own_device
 from cluster.run_dir import read_recipe
 from diffusion.chain import Chain
 from diffusion.policy import Policy
@@ -58,7 +58,7 @@ def _load_run(run_dir: Path) -> tuple[Policy, Sampler]:
     found = latest_checkpoint(run_dir)
     if found is None:
         raise RunDirError(f"the run {run_dir} has no checkpoint yet", do="wait for it, or resume the run")
-    policy = Policy.from_recipe(recipe, _device())
+    policy = Policy.from_recipe(recipe, own_device())
     policy.load_trainable_state(unpack(found.version_bytes(found.meta.round)))
     return policy, recipe.sampler
 
@@ -72,8 +72,4 @@ def _load_model(source: str) -> tuple[Policy, Sampler]:
             value=source,
             expected="a folder made by `sfumato train`, a model folder in diffusers layout, or a hub id",
         ) from error
-    return Policy(path, trainable=Lora(), seed=0, device=_device()), Sampler(num_steps=50)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return Policy(path, trainable=Lora(), seed=0, device=own_device()), Sampler(num_steps=50)

@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from protocol.errors import RewardError, SfumatoError
 from protocol.recipe import Reward
-from rewards.composition import weighted_sum
+from rewards.composition import named_scores
 
 RESTART_POLL_S = 0.5
 
@@ -55,8 +55,7 @@ class PendingGroupScores:
         """Waits; a lost actor, a time-out or an error is tried again up to the reward's max_attempts."""
         parts = {pool.settings.label: self._wait(pool, ref) for pool, ref in zip(self._pools, self._refs, strict=True)}
         weights = {pool.settings.label: pool.settings.weight for pool in self._pools}
-        total_G = weighted_sum(parts, weights)
-        return {"reward_G": total_G, **{f"reward_{label}_G": score_G for label, score_G in parts.items()}}
+        return named_scores(parts, weights)
 
     def _ask(self, pool: RewardPool, attempt: int) -> Any:
         # By ticket, so that a pool's load is even whatever the order; a retry asks the next actor.

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Json, NonNegativeInt, ValidationError
 
 from cluster.run_dir import read_recipe
+from cluster.sources import read_plan
 from learner.checkpoint import Checkpoint, Meta, checkpoints_in
 from protocol.errors import RunDirError, VerifyError
-from protocol.paths import read_prompts
 from protocol.recipe import Recipe
 from protocol.tickets import TicketPlan
 
@@ -42,13 +42,18 @@ class MetricsLine(BaseModel):
     round: NonNegativeInt
 
 
-class Row(MetricsLine):
-    """A line of ledger.jsonl, as `learner.journal.ledger_row` makes it."""
+class VersionsLine(MetricsLine):
+    """What a line of ledger.jsonl says of versions: the one its round was sampled with, and the one it published."""
 
     version: NonNegativeInt
     digest: str
     published_version: int
     published_digest: str
+
+
+class Row(VersionsLine):
+    """A line of ledger.jsonl, as `learner.journal.ledger_row` makes it."""
+
     tickets: tuple[str, ...]
     checksums: tuple[str, ...]
     workers: tuple[str, ...]
@@ -78,6 +83,7 @@ class Violation:
 class Record:
     """What a run has written of itself."""
 
+    run_dir: Path
     recipe: Recipe
     plan: TicketPlan
     rows: list[Row]
@@ -92,8 +98,7 @@ class Record:
 def verify_record(run_dir: Path) -> Record:
     """Reads what a run has written, of one in progress too. Raises VerifyError listing all that does not hold."""
     recipe = read_recipe(run_dir)
-    prompts, batch = tuple(read_prompts(str(run_dir.absolute() / "prompts.txt"))), recipe.batch
-    plan = TicketPlan(recipe.seed, prompts, batch.num_groups, batch.group_size, recipe.lag)
+    plan = read_plan(recipe, run_dir)
     # Backwards through what a round writes, so that a run in progress is never ahead of what was read of it.
     checkpoints, torn = _checkpoints(run_dir)
     metrics, bad_metrics = read_lines(run_dir / "metrics.jsonl", MetricsLine)
@@ -102,7 +107,7 @@ def verify_record(run_dir: Path) -> Record:
         raise RunDirError(f"the run {run_dir} has not published a version yet", do="wait for its first round")
     # What cannot be read stands alone: all else that is then amiss would follow from it.
     refuse(f"what the run {run_dir} has written cannot be read", [*bad_rows, *bad_metrics, *torn])
-    record = Record(recipe, plan, rows, checkpoints)
+    record = Record(run_dir, recipe, plan, rows, checkpoints)
     refuse(f"the run {run_dir} does not verify", check_record(record, [line.round for line in metrics]))
     return record
 
@@ -211,9 +216,7 @@ def check_order(rows: Sequence[Row]) -> list[Violation]:
 
 def check_tickets(row: Row, plan: TicketPlan) -> list[Violation]:
     """A round consumes the tickets of its plan, each once, and lists them sorted."""
-    # An id needs neither prompt nor seeds, and to order many prompts for each of many tickets takes long.
-    ids_only = replace(plan, prompts=plan.prompts[:1], group_size=0)
-    planned = [ticket.ticket_id for ticket in ids_only.round(row.round, row.digest)]
+    planned = [ticket.ticket_id for ticket in plan.round(row.round, row.digest)]
     counts = Counter(row.tickets)
     violations = [
         Violation(place(row), f"ticket {ticket_id}", f"{counts[ticket_id]} times", "once")
@@ -244,7 +247,7 @@ def check_entries(row: Row, num_groups: int) -> list[Violation]:
 
 
 def check_versions(row: Row, plan: TicketPlan) -> list[Violation]:
-    """Round u is sampled with version max(0, u - lag) and publishes version u + 1."""
+    """A round is sampled with the plan's version and publishes version u + 1."""
     wanted = {"version": plan.version_of(row.round), "published_version": row.round + 1}
     return [
         Violation(place(row), name, getattr(row, name), f"{version} at lag {plan.lag}")
@@ -268,7 +271,7 @@ def check_chain(rows: Sequence[Row]) -> list[Violation]:
     ]
 
 
-def digests_of(rows: Sequence[Row]) -> dict[int, str]:
+def digests_of(rows: Sequence[VersionsLine]) -> dict[int, str]:
     """Returns the digest of each version: of 0 by the first round, of others by the round that published it."""
     first = {row.version: row.digest for row in rows[:1] if row.version == 0}
     return {**first, **{row.published_version: row.published_digest for row in rows}}
@@ -290,8 +293,8 @@ def check_metrics(rounds: Sequence[int], rows: Sequence[Row], checkpointed: int)
 
 
 def check_meta(meta: Meta, named: Mapping[int, str], plan: TicketPlan) -> list[Violation]:
-    """A checkpoint of round u holds versions u - lag to u, under the digests that the ledger names."""
-    kept = range(plan.version_of(meta.round), meta.round + 1)
+    """A checkpoint of round u holds what rounds from u on may ask for, under the digests that the ledger names."""
+    kept = plan.kept_versions(meta.round)
     wanted = {str(version): named.get(version, "one that the ledger names") for version in kept}
     return [
         Violation(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.kernels import Transition, transition
+from diffusion.kernels import Transition, noised, teacher_forced_transition, transition
 from diffusion.noise import initial_noise, step_noise
 from diffusion.policy import Denoiser, Policy
 from protocol.recipe import Sampler
@@ -74,19 +74,52 @@ class Chain:
 
         The batch is the group, so numbers do not depend on who else is sampled.
         """
-        shape_CHW, device = self.policy.latent_shape_CHW, self.policy.device
         embedding_GLE = self.policy.embed(prompt).expand(len(seeds_G), -1, -1)
-        state_GCHW = initial_noise(seeds_G, shape_CHW, shared=self.sampler.share_initial_noise)
-        state_GCHW = state_GCHW.to(self.wire_dtype).float().to(device)
+
+        def draw(state_GCHW: Tensor, step_G: Tensor, noise_GCHW: Tensor) -> Transition:
+            return self.step(self.policy.unet, state_GCHW, step_G, embedding_GLE, noise_NCHW=noise_GCHW)
+
+        start = initial_noise(seeds_G, self.policy.latent_shape_CHW, shared=self.sampler.share_initial_noise)
+        return self._walk(start, seeds_G, draw, after_step)
+
+    @torch.no_grad()
+    def teacher_forced(
+        self, x0_NCHW: Tensor, seeds_N: Sequence[int], after_step: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """Draws trajectories of N real images on this chain's steps, latents_NSCHW as in `Trajectories`.
+
+        The network is not asked (`kernels.teacher_forced_transition`), and no number depends on the other images.
+        Each image has its own seed, which no sampled sibling may share: a pair's trajectories are independent in
+        SPIN's exact form. Raises ValueError unless there is a seed for each image of the model's latent shape.
+        """
+        expected_shape = (len(seeds_N), *self.policy.latent_shape_CHW)
+        if x0_NCHW.shape != expected_shape:
+            raise ValueError(f"{len(seeds_N)} seeds need latents of shape {expected_shape}, not {tuple(x0_NCHW.shape)}")
+        clean_NCHW = x0_NCHW.float().to(self.policy.device)
+
+        def draw(state_NCHW: Tensor, step_N: Tensor, noise_NCHW: Tensor) -> Transition:
+            constants = self.schedule.at(step_N)
+            return teacher_forced_transition(
+                state_NCHW, clean_NCHW, constants, noise_NCHW=noise_NCHW, wire_dtype=self.wire_dtype
+            )
+
+        noise_NCHW = initial_noise(seeds_N, self.policy.latent_shape_CHW, shared=False).to(self.policy.device)
+        first = self.schedule.at(torch.zeros(len(seeds_N), dtype=torch.long))
+        return self._walk(noised(clean_NCHW, noise_NCHW, first), seeds_N, draw, after_step).latents_GSCHW
+
+    def _walk(
+        self,
+        start_GCHW: Tensor,
+        seeds_G: Sequence[int],
+        draw: Callable[[Tensor, Tensor, Tensor], Transition],
+        after_step: Callable[[], None],
+    ) -> Trajectories:
+        """Draws T steps by `draw(state, step, noise)`, the noise by its key, every state rounded to the wire."""
+        state_GCHW = start_GCHW.to(self.wire_dtype).float().to(self.policy.device)
         states, log_probs = [state_GCHW], []
         for step in range(len(self.schedule)):
-            drawn = self.step(
-                self.policy.unet,
-                state_GCHW,
-                torch.full((len(seeds_G),), step, device=device),
-                embedding_GLE,
-                noise_NCHW=step_noise(seeds_G, step, shape_CHW).to(device),
-            )
+            noise_GCHW = step_noise(seeds_G, step, self.policy.latent_shape_CHW).to(self.policy.device)
+            drawn = draw(state_GCHW, torch.full((len(seeds_G),), step, device=self.policy.device), noise_GCHW)
             state_GCHW = drawn.next_state_NCHW
             states.append(state_GCHW)
             log_probs.append(drawn.log_prob_N)

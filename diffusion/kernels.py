@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion.schedules import StepConstants
+from diffusion.schedules import NoiseLevel, StepConstants
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
@@ -67,6 +67,30 @@ def transition(
     )
 
 
+def noised(clean_NCHW: Tensor, noise_NCHW: Tensor, level: NoiseLevel) -> Tensor:
+    """Returns A x0 + S noise, fp32 or fp64; steps' constants are the levels that the steps start from."""
+    clean_NCHW = clean_NCHW.to(torch.promote_types(clean_NCHW.dtype, torch.float32))
+    return _spread(level.signal_N, clean_NCHW) * clean_NCHW + _spread(level.noise_N, clean_NCHW) * noise_NCHW
+
+
+def teacher_forced_transition(
+    state_NCHW: Tensor,
+    clean_NCHW: Tensor,
+    constants: StepConstants,
+    *,
+    noise_NCHW: Tensor,
+    wire_dtype: torch.dtype = torch.float32,
+) -> Transition:
+    """Draws a step of real images' trajectories, with the kernel of a network that knows x0 (algorithms.md 0.6).
+
+    The image stands for x0_hat and (x_t - A x0)/S for eps, so for every eta each state keeps the forward marginal
+    N(A x0, S^2 I), and an unscored last step lands on the image. log_prob_N is this kernel's density, no policy's.
+    """
+    return transition(
+        state_NCHW, clean_NCHW, constants, prediction_type="sample", noise_NCHW=noise_NCHW, wire_dtype=wire_dtype
+    )
+
+
 def log_prob_latent_sum(next_state_NCHW: Tensor, mean_NCHW: Tensor, sigma_N: Tensor, scored_N: Tensor) -> Tensor:
     """Returns ln N(x_{t-1}; mean, sigma^2 I) summed over latent entries, (N,) fp64; 0 where unscored."""
     safe_sigma_N = torch.where(scored_N, sigma_N, torch.ones_like(sigma_N))
@@ -85,12 +109,24 @@ def log_ratio_difference_form(
     return product.double().flatten(1).sum(1) / (2 * sigma_N.double() ** 2)
 
 
+def kernel_kl_latent_mean(mean_NCHW: Tensor, mean_ref_NCHW: Tensor, sigma_N: Tensor, scored_N: Tensor) -> Tensor:
+    """Returns KL(N(mean, sigma^2 I) from N(mean_ref, sigma^2 I)) / D, (N,) fp64; 0 where unscored.
+
+    Differentiable in the means. This is the exact KL; Flow-GRPO's divides by the variance per unit of time instead,
+    and so is smaller by the factor of the step's length (algorithms.md 5.5).
+    """
+    difference = mean_NCHW - mean_ref_NCHW
+    difference = torch.where(scored_N.view(-1, 1, 1, 1), difference, torch.zeros_like(difference))
+    safe_sigma_N = torch.where(scored_N, sigma_N, torch.ones_like(sigma_N))
+    return (difference / _spread(safe_sigma_N, difference)).double().square().flatten(1).mean(1) / 2
+
+
 def predicted_noise_and_clean(
-    state_NCHW: Tensor, output_NCHW: Tensor, constants: StepConstants, prediction_type: PredictionType
+    state_NCHW: Tensor, output_NCHW: Tensor, level: NoiseLevel, prediction_type: PredictionType
 ) -> tuple[Tensor, Tensor]:
     """Returns (eps, x0_hat) from the network's output in its own parametrisation (algorithms.md 0.6)."""
-    signal = _spread(constants.signal_N, state_NCHW)
-    noise = _spread(constants.noise_N, state_NCHW)
+    signal = _spread(level.signal_N, state_NCHW)
+    noise = _spread(level.noise_N, state_NCHW)
     if prediction_type == "epsilon":
         return output_NCHW, (state_NCHW - noise * output_NCHW) / signal
     if prediction_type == "v_prediction":

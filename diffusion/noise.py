@@ -20,7 +20,10 @@ def step_noise(seeds_G: Sequence[int], step: int, shape_CHW: Sequence[int]) -> T
     return torch.stack([_normal(s, Purpose.STEP_NOISE, step, shape_CHW) for s in seeds_G])
 
 
+def normal(seed: int, shape: Sequence[int]) -> Tensor:
+    """Returns standard normal numbers of one seed, fp32 on the CPU: a GPU's generator gives other numbers."""
+    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed))
+
+
 def _normal(seed: int, purpose: Purpose, step: int, shape: Sequence[int]) -> Tensor:
-    # Drawn on the CPU on every machine: a GPU's generator gives other numbers than the CPU's.
-    generator = torch.Generator("cpu").manual_seed(derive_seed(seed, purpose, step))
-    return torch.randn(tuple(shape), generator=generator)
+    return normal(derive_seed(seed, purpose, step), shape)

@@ -21,8 +21,8 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffusion.kernels import PredictionType, guide
-from diffusion.schedules import StepConstants, make_schedule
+from diffusion.kernels import PredictionType, guide, predicted_noise_and_clean
+from diffusion.schedules import StepConstants, make_schedule, noise_level
 from diffusion.weights import State, weights_digest
 from protocol.errors import ModelError
 from protocol.paths import model_source
@@ -71,6 +71,7 @@ class Policy:
         self._scheduler = _load(DDIMScheduler, source, "scheduler")
         self._embeddings: dict[str, Tensor] = {}
         self._frozen_unet: UNet2DConditionModel | None = None
+        self._adapters_enabled = True
         self._make_trainable(seed)
 
     @classmethod
@@ -94,6 +95,13 @@ class Policy:
         return config.in_channels, height, width
 
     @property
+    def image_side(self) -> int:
+        """Side of an image in pixels: the autoencoder halves at each block but the last."""
+        assert self.vae is not None, "this policy was loaded without its autoencoder"
+        side: int = self.latent_shape_CHW[1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return side
+
+    @property
     def prediction_type(self) -> PredictionType:
         """What the network's output stands for."""
         kind = self._scheduler.config.prediction_type
@@ -103,6 +111,12 @@ class Policy:
             )
         known: PredictionType = kind
         return known
+
+    @property
+    def alpha_bar(self) -> Tensor:
+        """The cumulative signal levels of training, (1000,) or as many as the model's timesteps, on its device."""
+        levels: Tensor = self._scheduler.alphas_cumprod
+        return levels.to(self.device)
 
     def schedule(self, sampler: Sampler) -> StepConstants:
         """Returns the constants of a sampler's T steps on this model's noise schedule. Raises ModelError."""
@@ -164,6 +178,26 @@ class Policy:
         unconditional_NCHW, conditional_NCHW = output.float().chunk(2)
         return guide(unconditional_NCHW, conditional_NCHW, guidance_scale)
 
+    def predict_noise(
+        self, denoiser: Denoiser, state_NCHW: Tensor, timestep_N: Tensor, embedding_NLE: Tensor
+    ) -> Tensor:
+        """Returns the noise that the conditional branch predicts in N noised latents, (N, C, H, W) fp32, whatever the
+        network's output stands for."""
+        output_NCHW = self.predict(denoiser, state_NCHW, timestep_N, embedding_NLE, 1.0)
+        level = noise_level(self.alpha_bar, timestep_N)
+        return predicted_noise_and_clean(state_NCHW, output_NCHW, level, self.prediction_type)[0]
+
+    @torch.no_grad()
+    def encode(self, images_NHWC: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Returns mean and standard deviation of the latents of uint8 images (N, H, W, 3): fp32 (N, C, h, w) each, on
+        the CPU, in the units that the U-Net sees. Each image is encoded by itself."""
+        assert self.vae is not None, "this policy was loaded without its autoencoder"
+        pixels = torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        posteriors = [self.vae.encode(image[None].to(self.device, self.dtype)).latent_dist for image in pixels]
+        scale = self.vae.config.scaling_factor
+        mean, std = (torch.cat([getattr(p, name) for p in posteriors]).float().cpu() for name in ("mean", "std"))
+        return mean * scale, std * scale
+
     @torch.no_grad()
     def decode(self, latent_NCHW: Tensor) -> np.ndarray:
         """Returns images, uint8 (N, H, W, 3)."""
@@ -197,11 +231,18 @@ class Policy:
         if self._frozen_unet is not None:
             yield self._frozen_unet
             return
-        self.unet.disable_adapters()
-        try:
+        with self.adapters(enabled=False):
             yield denoiser
+
+    @contextmanager
+    def adapters(self, *, enabled: bool) -> Iterator[None]:
+        """Within it the adapters are on or off, and afterwards as they were before, so that uses may be nested."""
+        before = self._adapters_enabled
+        self._switch_adapters(enabled)
+        try:
+            yield
         finally:
-            self.unet.enable_adapters()
+            self._switch_adapters(before)
 
     def keep_reference(self) -> None:
         """Full fine-tuning: keeps a frozen copy of the weights as they are now. LoRA needs none."""
@@ -221,6 +262,12 @@ class Policy:
         StableDiffusionPipeline.save_lora_weights(
             str(folder), unet_lora_layers=layers, unet_lora_adapter_metadata=metadata
         )
+
+    def _switch_adapters(self, enabled: bool) -> None:
+        if enabled != self._adapters_enabled:
+            assert not isinstance(self.trainable, Full), "keep_reference makes the reference of full fine-tuning"
+            (self.unet.enable_adapters if enabled else self.unet.disable_adapters)()
+            self._adapters_enabled = enabled
 
     def _frozen(self, network: Any) -> Any:
         return network.to(self.device).eval().requires_grad_(False)

@@ -17,16 +17,28 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class StepConstants:
+class NoiseLevel:
+    """What N noised latents A x0 + S noise are made of: timestep_N, and A and S as signal_N and noise_N, fp64."""
+
+    timestep_N: Tensor
+    signal_N: Tensor
+    noise_N: Tensor
+
+
+def noise_level(alpha_bar: Tensor, timestep_N: Tensor) -> NoiseLevel:
+    """Returns the levels of training timesteps: A = sqrt(abar), S = sqrt(1 - abar)."""
+    now_N = alpha_bar.double()[timestep_N]
+    return NoiseLevel(timestep_N, now_N.sqrt(), (1 - now_N).sqrt())
+
+
+@dataclass(frozen=True)
+class StepConstants(NoiseLevel):
     """Constants of N steps (or of a whole schedule, N = T). All fp64 but `timestep_N` and `scored_N`.
 
     A worked example, the SD schedule, one step from timestep 500 to 480 with eta 1: timestep 500,
     signal sqrt(abar_500), noise sqrt(1 - abar_500), sigma 0.2944, scored True.
     """
 
-    timestep_N: Tensor
-    signal_N: Tensor
-    noise_N: Tensor
     mean_clean_N: Tensor
     mean_noise_N: Tensor
     mean_state_N: Tensor

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from protocol.errors import RunDirError
 
@@ -25,7 +26,8 @@ CONSOLIDATED = "consolidated.safetensors"
 @dataclass(frozen=True)
 class Meta:
     """What a checkpoint is of: `Meta(round=10, step=40, skipped_updates=0, world_size=2, zero_stage=1,
-    precision="fp32", digests={"9": "ab...", "10": "cd..."})`: 10 rounds done, version 10 is next."""
+    precision="fp32", digests={"9": "ab...", "10": "cd..."}, algorithm_state={})`: 10 rounds done, version 10 is next.
+    `algorithm_state` is what the algorithm keeps between rounds besides the weights."""
 
     round: int
     step: int
@@ -34,6 +36,7 @@ class Meta:
     zero_stage: int
     precision: str
     digests: dict[str, str]
+    algorithm_state: dict[str, Any]
 
 
 @dataclass(frozen=True)

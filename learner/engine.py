@@ -17,7 +17,8 @@ from protocol.errors import TrainingError
 from protocol.recipe import Learner
 
 MASTER = "master"
-PARTS = (MASTER, "exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+PARTS = (MASTER, *MOMENTS)
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -40,7 +41,7 @@ class Engine:
         self._module = module
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            model_parameters=[p for p in module.parameters() if p.requires_grad],
+            model_parameters=[p for _, p in self._trained()],
             config=deepspeed_config(settings),
         )
         self._engine.eval()
@@ -77,6 +78,21 @@ class Engine:
         self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
+    def set_learning_rate(self, rate: float) -> None:
+        """Sets AdamW's learning rate for the steps that follow."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+
+    def forget_moments(self) -> None:
+        """Starts AdamW afresh: moments and step count are 0 again. Every rank calls it."""
+        if not self._base_optimizer.state:
+            return
+        for _, parameter in self._trained():
+            for part in MOMENTS:
+                self._write_whole(parameter, part, torch.zeros_like(self._read_whole(parameter, part)))
+        for state in self._base_optimizer.state.values():
+            state["step"].zero_()
+
     def sum(self, values: Tensor) -> Tensor:
         """Returns the elementwise sum over ranks."""
         return self._reduce(values, dist.ReduceOp.SUM)
@@ -107,7 +123,7 @@ class Engine:
             return nullcontext()
         import deepspeed
 
-        parameters = [p for p in self._module.parameters() if p.requires_grad]
+        parameters = [p for _, p in self._trained()]
         context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
         return context
 

@@ -71,22 +71,21 @@ def metrics_row(
     times: dict[str, float],
     costs: dict[str, float],
 ) -> dict[str, Any]:
-    """Returns a round's line for people and plots. `loss`, `grad_norm` and `clip_fraction` are means over the
-    round's optimizer steps, which `updates` lists one by one."""
-    clip_fraction = [update["prdp/saturated_fraction"] for update in report.details]
+    """Returns a round's line for people and plots. What an optimizer step reports is given as the mean over the
+    round's steps, which `updates` lists one by one."""
+    steps = {"loss": report.loss, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
+    names = sorted({name for details in report.details for name in details})
+    steps |= {name: [details[name] for details in report.details if name in details] for name in names}
     return {
         "round": round_,
         "step": step,
         "version": round_ + 1,
         **_reward_metrics(receipts),
-        "loss": float(np.mean(report.loss)),
         # Only samples of the current weights estimate their KL without bias.
         "kl": report.kl if on_policy else None,
         "kl_off_policy": None if on_policy else report.kl,
-        "grad_norm": float(np.mean(report.grad_norm)),
-        "clip_fraction": float(np.mean(clip_fraction)),
-        **{name: float(np.mean([u[name] for u in report.details])) for name in report.details[0]},
-        "updates": {"loss": report.loss, "grad_norm": report.grad_norm, "clip_fraction": clip_fraction},
+        **{name: float(np.mean(values)) for name, values in steps.items()},
+        "updates": steps,
         "parity/max_abs": report.parity_max_abs,
         "parity/recomputed": report.recomputed,
         "skipped_updates": skipped_updates,
@@ -97,10 +96,14 @@ def metrics_row(
 
 
 def _reward_metrics(receipts: Sequence[Receipt]) -> dict[str, float]:
-    total_PG = np.array([receipt.rewards["mean"] for receipt in receipts])
+    """Means over the groups that were scored: of a mixture with data those that were sampled."""
+    scored = [receipt for receipt in receipts if receipt.rewards]
+    if not scored:
+        return {}
+    total_PG = np.array([receipt.rewards["mean"] for receipt in scored])
     metrics = {
-        f"reward/{name}": float(np.mean([receipt.rewards[name] for receipt in receipts]))
-        for name in sorted(receipts[0].rewards)
+        f"reward/{name}": float(np.mean([receipt.rewards[name] for receipt in scored]))
+        for name in sorted(scored[0].rewards)
     }
     metrics["reward/std_within_group"] = float(total_PG.std(axis=1).mean())
     metrics["reward/std_between_groups"] = float(total_PG.mean(axis=1).std())

@@ -6,6 +6,7 @@ before the first update.
 
 from __future__ import annotations
 
+from protocol.algorithms import Ddpo, PolicyGradient, Prdp
 from protocol.errors import TrainingError
 from protocol.recipe import Recipe
 
@@ -16,10 +17,10 @@ def tolerance(recipe: Recipe, num_latent_entries: int) -> float:
     """Returns the largest acceptable gap: the recipe's, or a tenth of the window in latent_mean units."""
     if recipe.learner.parity_tolerance is not None:
         return recipe.learner.parity_tolerance
-    clip_eps, reduce = recipe.algorithm.clip_eps, recipe.algorithm.latent_reduce
-    if not clip_eps:
+    algorithm = recipe.algorithm
+    if not isinstance(algorithm, Prdp | PolicyGradient | Ddpo) or not algorithm.window:
         return TOLERANCE_WITHOUT_WINDOW
-    return clip_eps / 10 / (num_latent_entries if reduce == "latent_sum" else 1)
+    return algorithm.window / 10 / (num_latent_entries if algorithm.latent_reduce == "latent_sum" else 1)
 
 
 def check(gap: float, limit: float, *, round_: int, workers: str) -> None:

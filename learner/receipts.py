@@ -13,7 +13,9 @@ class Receipt:
 
     Receipt(ticket_id="000003-0007", version=3, weights_digest="9f86d0...", checksum="2c26b4...",
             worker="0@host", fingerprint='{"device":"cpu",...}', rollout_s=0.41, reward_s=0.02,
-            rewards={"mean": (-1.2, -0.4, -2.0, -0.9), "digit_alignment": (...)})
+            num_images=4, rewards={"mean": (-1.2, -0.4, -2.0, -0.9), "digit_alignment": (...)})
+
+    A group that nothing was scored of has no rewards.
     """
 
     ticket_id: str
@@ -24,6 +26,7 @@ class Receipt:
     fingerprint: str
     rollout_s: float
     reward_s: float
+    num_images: int
     rewards: dict[str, tuple[float, ...]]
 
 
@@ -34,7 +37,8 @@ def receipt_of(group: Group) -> Receipt:
         for name, values in group.arrays.items()
         if name.startswith("reward_") and name != "reward_G"
     }
-    rewards["mean"] = tuple(group.array("reward_G").tolist())
+    if "reward_G" in group.arrays:
+        rewards["mean"] = tuple(group.array("reward_G").tolist())
     return Receipt(
         group.ticket_id,
         group.version,
@@ -44,5 +48,6 @@ def receipt_of(group: Group) -> Receipt:
         group.fingerprint,
         group.rollout_s,
         group.reward_s,
+        group.num_images,
         rewards,
     )

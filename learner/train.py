@@ -5,23 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from diffusion.chain import Chain
 from diffusion.policy import Policy
 from diffusion.weights import unpack, weights_digest
 from learner import checkpoint
-from learner.batching import stack_groups
 from learner.checkpoint import Meta
 from learner.collect import Collected, Collector, Counts
 from learner.engine import Engine
 from learner.journal import Journal, ledger_row, metrics_row
+from learner.probes import Costs
 from learner.receipts import Receipt
-from learner.update import Updater, UpdateReport
+from learner.update import Tools, UpdateReport, make_updater
 from learner.versions import Versions, VersionStore, copy_state
 from protocol.errors import RedisError, TrainingError
 from protocol.recipe import Recipe
@@ -51,8 +51,10 @@ class LearnerRank:
         self._policy.keep_reference()
         self._engine = Engine(self._policy.unet, recipe.learner, device)
         self._chain = Chain(self._policy, recipe.sampler)
-        self._updater = Updater(recipe, self._chain, self._engine, lambda: self._report_progress("learning"))
-        self._versions = Versions(recipe.lag)
+        self._tools = Tools(recipe, self._chain, self._engine, lambda: self._report_progress("learning"))
+        self._updater = make_updater(self._tools)
+        self._versions = Versions(plan)
+        self._issued, self._costs_before = 0, Costs()
         self._round, self._step, self._skipped = 0, 0, 0
         self._checked_store_at = self._reported_at = 0.0
         self._waiting_s, self._started_at = 0.0, time.monotonic()
@@ -69,7 +71,7 @@ class LearnerRank:
             self._round += 1
             self._checkpoint_if_due()
             self._publish(self._round)
-            self._issue(self._round + self._recipe.lag)
+            self._issue_due()
         self._finish()
 
     def _begin(self) -> None:
@@ -79,8 +81,8 @@ class LearnerRank:
             self._streams.open()
         for version in sorted(self._versions.states):
             self._publish(version)
-        for round_ in range(self._round, self._round + self._recipe.lag + 1):
-            self._issue(round_)
+        self._issued = self._round
+        self._issue_due()
 
     def _restore(self, found: checkpoint.Checkpoint | None) -> None:
         if found is None:
@@ -89,6 +91,7 @@ class LearnerRank:
         meta = found.meta
         self._restore_engine(found)
         self._round, self._step, self._skipped = meta.round, meta.step, meta.skipped_updates
+        self._updater.load_state(meta.algorithm_state)
         for version in sorted(map(int, meta.digests)):
             self._versions.keep(version, unpack(found.version_bytes(version)))
         self._check_restored(meta)
@@ -100,15 +103,7 @@ class LearnerRank:
             self._engine.load(found.folder / "state")
         else:
             whole = load_file(found.folder / checkpoint.CONSOLIDATED)
-            self._engine.load_consolidated(whole, found.meta.step, self._reach_all)
-
-    def _reach_all(self) -> Tensor:
-        """A loss whose graph holds every trained parameter."""
-        states, timesteps = torch.zeros(1, *self._policy.latent_shape_CHW), torch.zeros(1, dtype=torch.long)
-        embedding = self._policy.embed("")[None]
-        return self._policy.predict(
-            self._engine.denoiser, states.to(self._device), timesteps.to(self._device), embedding, 1.0
-        ).sum()
+            self._engine.load_consolidated(whole, found.meta.step, self._tools.reach_all)
 
     def _check_restored(self, meta: Meta) -> None:
         """Training must go on from the very weights that were published."""
@@ -134,10 +129,11 @@ class LearnerRank:
 
     def _learn(self, collected: Collected) -> tuple[UpdateReport, float]:
         started = time.monotonic()
-        batch = stack_groups(collected.groups, self._device)
         version = self._plan.version_of(self._round)
         behaviour = None if version == self._round else lambda: self._holding(version)
-        report = self._updater.learn(batch, self._round, behaviour)
+        if self._round in self._plan.iteration_starts[1:]:
+            self._engine.forget_moments()
+        report = self._updater.learn(collected.groups, self._round, behaviour)
         self._step += len(report.loss) - report.skipped
         self._skipped += report.skipped
         return report, time.monotonic() - started
@@ -164,10 +160,16 @@ class LearnerRank:
             with suppress(RedisError):  # Announced for people to see; workers go by their tickets.
                 self._streams.announce_version(version, self._versions.digests[version])
 
+    def _issue_due(self) -> None:
+        """Issues the rounds that pace and published versions allow: lag rounds ahead, of weights that there are."""
+        while self._issued < min(self._round + self._recipe.lag + 1, self._recipe.rounds):
+            if self._plan.version_of(self._issued) > self._round:
+                return
+            self._issue(self._issued)
+            self._issued += 1
+
     def _issue(self, round_: int) -> None:
         """Issues a round's tickets; every rank notes those that it is to collect."""
-        if round_ >= self._recipe.rounds:
-            return
         tickets = self._plan.round(round_, self._versions.digests[self._plan.version_of(round_)])
         rank, world_size = self._engine.rank, self._engine.world_size
         self._collector.expect(round_, [t for t in tickets if t.index % world_size == rank])
@@ -202,10 +204,12 @@ class LearnerRank:
             learner.zero_stage,
             learner.precision,
             digests,
+            self._updater.state(),
         )
 
     def _write_journal(self, collected: Collected, report: UpdateReport, learner_s: float, wait_s: float) -> None:
         parts = self._engine.gather((collected.receipts, vars(self._collector.counts)))
+        costs = self._costs([receipt for receipts, _ in parts for receipt in receipts])
         self._collector.counts = Counts()
         if not self._is_first_rank:
             return
@@ -221,7 +225,7 @@ class LearnerRank:
             counts=counts,
             skipped_updates=self._skipped,
             times=self._times(receipts, learner_s, wait_s),
-            costs=self._costs(receipts),
+            costs=costs,
         )
         self._journal.write(metrics, ledger_row(self._round, receipts, digest, counts, self._engine.world_size))
 
@@ -236,14 +240,16 @@ class LearnerRank:
         }
 
     def _costs(self, receipts: list[Receipt]) -> dict[str, float]:
-        """What this process has evaluated since it started, in the units of algorithms.md 7.1; all ranks alike."""
-        images = sum(len(receipt.rewards["mean"]) for receipt in receipts)
-        world_size = self._engine.world_size
+        """What all ranks and the rollouts have evaluated for this round (algorithms.md 7.1)."""
+        before, self._costs_before = self._costs_before, replace(self._updater.costs)
+        counts = [
+            now - then for now, then in zip(vars(self._costs_before).values(), vars(before).values(), strict=True)
+        ]
+        total = self._engine.sum(torch.tensor(counts, dtype=torch.float64))
         return {
-            "unet_forward": self._updater.num_forward * world_size,
-            "unet_backward": self._updater.num_backward * world_size,
-            "vae_decode": images,
-            "reward_queries": images * len(self._recipe.rewards),
+            **dict(zip(vars(before), map(int, total.tolist()), strict=True)),
+            "vae_decode": sum(receipt.num_images for receipt in receipts),
+            "reward_queries": sum(receipt.num_images for receipt in receipts) * len(self._recipe.rewards),
         }
 
     def _finish(self) -> None:

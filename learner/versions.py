@@ -1,4 +1,4 @@
-"""The versions of the weights that a run may still need: the last lag + 1."""
+"""The versions of the weights that a run may still need: the last lag + 1, or self-play's opponent and the newest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from diffusion.weights import State, pack, weights_digest
+from protocol.tickets import TicketPlan
 
 
 class VersionStore(Protocol):
@@ -24,11 +25,11 @@ class VersionStore(Protocol):
 class Versions:
     """Copies of published weights, on the CPU of every rank.
 
-    keep(u + 1) -> [kept: checkpointed, published, held for parity probes] -> gone when version u + 2 + lag comes
+    keep(u + 1) -> [kept: checkpointed, published, held for parity probes] -> gone when no round to come asks for it
     """
 
-    def __init__(self, lag: int) -> None:
-        self._lag = lag
+    def __init__(self, plan: TicketPlan) -> None:
+        self._plan = plan
         self.states: dict[int, dict[str, Tensor]] = {}
         self.digests: dict[int, str] = {}
 
@@ -36,7 +37,8 @@ class Versions:
         """Copies a state as it is now, and lets go of what is no longer needed."""
         self.states[version] = copy_state(state)
         self.digests[version] = weights_digest(state)
-        for old in [v for v in self.states if v < version - self._lag]:
+        kept = self._plan.kept_versions(version)
+        for old in [v for v in self.states if v < version and v not in kept]:
             del self.states[old], self.digests[old]
 
     def packed(self) -> dict[int, bytes]:
@@ -44,8 +46,9 @@ class Versions:
         return {version: pack(state) for version, state in self.states.items()}
 
     def publish(self, version: int, store: VersionStore) -> None:
-        """Gives a version's bytes to the store."""
-        store.publish(version, self.digests[version], pack(self.states[version]))
+        """Gives a version's bytes to the store, if any round to come is sampled with it."""
+        if self._plan.is_sampled_with(version):
+            store.publish(version, self.digests[version], pack(self.states[version]))
 
     def publish_lost(self, store: VersionStore) -> None:
         """Publishes again what a restarted store no longer has."""

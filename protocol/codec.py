@@ -27,7 +27,7 @@ from protocol.tickets import Ticket
 
 Fields = Mapping[bytes, bytes]
 
-SCHEMA = 1
+SCHEMA = 2
 MAX_ENTRY_BYTES = 256 * 1024**2
 """Redis breaks the connection at fields over 512 MiB; an SDXL group of 8 siblings and 50 steps is 52 MB."""
 
@@ -37,10 +37,10 @@ MAX_WHOLE_NUMBER = 2**63 - 1
 
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9_.:+-]{1,128}")
 _ENVELOPE = ("schema", "kind", "checksum")
-_TICKET_FIELDS = ("ticket_id", "round", "index", "prompt", "seeds_G", "version", "weights_digest")
+_TICKET_FIELDS = ("ticket_id", "round", "index", "prompt", "source", "row", "seeds_G", "version", "weights_digest")
 _GROUP_FIELDS = (
     *("ticket_id", "round", "index", "prompt", "version", "weights_digest"),
-    *("sampler", "fingerprint", "worker", "rollout_s", "reward_s"),
+    *("sampler", "fingerprint", "worker", "rollout_s", "reward_s", "num_images"),
 )
 
 
@@ -53,6 +53,8 @@ def encode_ticket(ticket: Ticket) -> dict[bytes, bytes]:
             b"round": _number_bytes("round", ticket.round),
             b"index": _number_bytes("index", ticket.index),
             b"prompt": _text_bytes("prompt", ticket.prompt),
+            b"source": _number_bytes("source", ticket.source),
+            b"row": _number_bytes("row", ticket.row),
             b"seeds_G": _seed_bytes(ticket.seeds_G),
             b"version": _number_bytes("version", ticket.version),
             b"weights_digest": _text_bytes("weights_digest", ticket.weights_digest),
@@ -69,6 +71,8 @@ def decode_ticket(fields: Fields) -> Ticket:
         round=_number(fields, "round"),
         index=_number(fields, "index"),
         prompt=_text(fields, "prompt"),
+        source=_number(fields, "source"),
+        row=_number(fields, "row"),
         seeds_G=_seeds(fields[b"seeds_G"]),
         version=_number(fields, "version"),
         weights_digest=_text(fields, "weights_digest"),
@@ -90,6 +94,7 @@ def encode_group(group: Group) -> dict[bytes, bytes]:
         b"worker": _text_bytes("worker", group.worker),
         b"rollout_s": repr(float(group.rollout_s)).encode(),
         b"reward_s": repr(float(group.reward_s)).encode(),
+        b"num_images": _number_bytes("num_images", group.num_images),
     }
     for name, array in group.arrays.items():
         fields |= _array_fields(name, array)
@@ -113,6 +118,7 @@ def decode_group(fields: Fields) -> Group:
         worker=_text(fields, "worker"),
         rollout_s=_seconds(fields, "rollout_s"),
         reward_s=_seconds(fields, "reward_s"),
+        num_images=_number(fields, "num_images"),
         arrays={name: _array(fields, name) for name in names},
     )
 

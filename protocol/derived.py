@@ -6,9 +6,27 @@ import json
 import math
 from pathlib import Path
 
+from protocol.algorithms import (
+    Cpo,
+    Ddpo,
+    Dpo,
+    NcpCpo,
+    NcpDpo,
+    NcpSft,
+    PolicyGradient,
+    Prdp,
+    Sft,
+    SharpeningRlhf,
+    SharpeningSft,
+    SourceKind,
+    Spin,
+    SpinExact,
+)
+from protocol.datasets import locate
 from protocol.errors import ModelError, RecipeError
 from protocol.paths import model_source, read_prompts
 from protocol.recipe import Recipe
+from protocol.requirements import is_sampled, warnings
 
 BYTES = {"float16": 2, "float32": 4}
 MEMORY_HEADROOM = 4
@@ -49,10 +67,23 @@ def image_size(source: str) -> int | None:
 
 
 def group_bytes(recipe: Recipe, shape_CHW: tuple[int, int, int]) -> int:
-    """Returns the size of a group's tensors on the wire."""
-    sampler, group_size = recipe.sampler, recipe.batch.group_size
-    latents = (sampler.num_steps + 1) * math.prod(shape_CHW) * BYTES[sampler.wire_dtype]
-    return group_size * (latents + 8 * sampler.num_steps + 4 * (1 + len(recipe.rewards)))
+    """Returns the size of a group's tensors on the wire: of several sources the largest."""
+    return max(_group_bytes(recipe, kind, math.prod(shape_CHW)) for kind in recipe.source_kinds)
+
+
+def _group_bytes(recipe: Recipe, kind: SourceKind, num_entries: int) -> int:
+    algorithm, sampler, group_size = recipe.algorithm, recipe.sampler, recipe.batch.group_size
+    num_real = {"prompts": 0, "images": 1, "pairs": 2}[kind]
+    num_latents, num_scores = 0, 0
+    if is_sampled(recipe, kind):
+        num_scores = 1 + len(recipe.rewards)
+        num_latents = 1
+        if algorithm.content == "trajectories":
+            num_latents, num_scores = sampler.num_steps + 1, num_scores + 2 * sampler.num_steps
+        elif isinstance(algorithm, SharpeningSft | SharpeningRlhf):
+            num_states = algorithm.excursion.num_states
+            num_latents, num_scores = num_states + 1, num_scores + num_states
+    return (group_size * num_latents + num_real) * num_entries * BYTES[sampler.wire_dtype] + 4 * group_size * num_scores
 
 
 def in_flight_bytes(recipe: Recipe, shape_CHW: tuple[int, int, int]) -> int:
@@ -77,7 +108,10 @@ def redis_bytes(recipe: Recipe, shape_CHW: tuple[int, int, int]) -> int:
 def check_before_start(recipe: Recipe) -> None:
     """Raises for what can be seen to fail without starting anything: model, prompts, sizes."""
     shape_CHW = latent_shape(model_source(recipe.model.path))
-    read_prompts(recipe.prompts.train)
+    if recipe.prompts.train is not None:
+        read_prompts(recipe.prompts.train)
+    for dataset in recipe.data:
+        locate(dataset.path)
     if recipe.prompts.held_out is not None:
         read_prompts(recipe.prompts.held_out)
     if shape_CHW is None:
@@ -97,19 +131,27 @@ def derived_numbers(recipe: Recipe) -> dict[str, str]:
     """Returns what people should check before they spend a week of GPU time, in reading order."""
     algorithm, batch, sampler, learner = recipe.algorithm, recipe.batch, recipe.sampler, recipe.learner
     num_steps = recipe.rounds * algorithm.num_steps_per_round
-    items = batch.num_trajectories * sampler.num_scored_steps // learner.world_size
     numbers = {
-        "training prompts": f"{len(read_prompts(recipe.prompts.train))}",
-        "images and reward queries a round": f"{batch.num_trajectories} ({batch.num_groups} groups of "
-        f"{batch.group_size})",
-        "images in all": f"{recipe.rounds * batch.num_trajectories}",
+        "tickets start from": _sources(recipe),
+        "groups a round": f"{batch.num_groups}, {batch.num_groups // learner.world_size} a rank",
         "optimizer steps": f"{num_steps} ({algorithm.num_steps_per_round} a round)",
-        "scored steps of a trajectory": f"{sampler.num_scored_steps} of {sampler.num_steps}",
-        "groups a rank a round": f"{batch.num_groups // learner.world_size}",
-        "micro-batches of a pass, a rank": f"{math.ceil(items / learner.micro_batch_size)}",
-        "U-Net forwards to sample a round": f"{batch.num_trajectories * sampler.num_steps * sampler.num_branches}",
-        "U-Net forwards to learn a round, at most": f"{_learner_forwards(recipe)}",
-        "versions kept": f"{recipe.lag + 1}",
+    }
+    if any(is_sampled(recipe, kind) for kind in recipe.source_kinds):
+        numbers |= {
+            "images sampled a round, at most": f"{batch.num_trajectories} ({batch.num_groups} groups of "
+            f"{batch.group_size}), {recipe.rounds * batch.num_trajectories} in all",
+            "U-Net forwards to sample a round": f"{rollout_forwards(recipe)}",
+        }
+    if algorithm.content == "trajectories":
+        items = batch.num_trajectories * sampler.num_scored_steps // learner.world_size
+        numbers |= {
+            "scored steps of a trajectory": f"{sampler.num_scored_steps} of {sampler.num_steps}",
+            "micro-batches of a pass, a rank": f"{math.ceil(items / learner.micro_batch_size)}",
+        }
+    numbers |= {
+        "U-Net forwards to learn a round, at most": f"{learner_forwards(recipe)}",
+        "versions kept": "the opponent's and the newest" if recipe.iterations else f"{recipe.lag + 1}",
+        **({"note": "; ".join(notes)} if (notes := warnings(recipe)) else {}),
     }
     shape_CHW = latent_shape(model_source(recipe.model.path))
     if shape_CHW is None:
@@ -117,23 +159,74 @@ def derived_numbers(recipe: Recipe) -> dict[str, str]:
     return {**numbers, **_latent_numbers(recipe, shape_CHW)}
 
 
-def _learner_forwards(recipe: Recipe) -> int:
-    """Reference once, old once or reused; each update a pass A and a pass B, its backward costing two forwards."""
-    per_traversal = recipe.batch.num_trajectories * recipe.sampler.num_scored_steps * recipe.sampler.num_branches
-    return per_traversal * (1 + recipe.algorithm.num_updates * 4)
+def _sources(recipe: Recipe) -> str:
+    names = [f"{len(read_prompts(recipe.prompts.train))} prompts"] if recipe.prompts.train is not None else []
+    return ", ".join([*names, *(f"{dataset.kind} of {dataset.path}" for dataset in recipe.data)])
+
+
+def rollout_forwards(recipe: Recipe) -> int:
+    """Returns the U-Net evaluations that rollouts make in a round, at most: excursions take the conditional branch."""
+    num_steps = 0
+    if "prompts" in recipe.source_kinds or recipe.iterations:
+        num_steps = recipe.sampler.num_steps * recipe.sampler.num_branches
+    if isinstance(recipe.algorithm, SharpeningSft | SharpeningRlhf):
+        num_steps += recipe.algorithm.excursion.num_states
+    return recipe.batch.num_trajectories * num_steps
+
+
+def learner_forwards(recipe: Recipe) -> int:
+    """Returns the U-Net evaluations that the learner makes in a round, at most; a backward pass counts as two."""
+    algorithm, batch, sampler = recipe.algorithm, recipe.batch, recipe.sampler
+    traversal = batch.num_trajectories * sampler.num_scored_steps * sampler.num_branches
+    passes = algorithm.num_updates
+    match algorithm:
+        case Prdp():
+            return traversal * (1 + 4 * passes)
+        case PolicyGradient() | Ddpo():
+            return traversal * (4 * passes + (isinstance(algorithm, PolicyGradient) and algorithm.kl_coef > 0))
+        case SpinExact():
+            return 2 * traversal * (1 + 4 * passes)
+        case Sft() | NcpSft():
+            return batch.num_groups * 3 * passes
+        case Cpo() | NcpCpo():
+            return batch.num_groups * _pairs_of_a_group(recipe) * 6 * passes
+        case Dpo() | NcpDpo():
+            return batch.num_groups * _pairs_of_a_group(recipe) * 8 * passes
+        case Spin():
+            return batch.num_trajectories * 8 * passes
+        case SharpeningSft():
+            return batch.num_groups * algorithm.excursion.num_states * 3 * passes
+        case SharpeningRlhf():
+            return batch.num_groups * algorithm.excursion.num_states * 8 * passes
+
+
+def _pairs_of_a_group(recipe: Recipe) -> int:
+    algorithm, group_size = recipe.algorithm, recipe.batch.group_size
+    assert isinstance(algorithm, Dpo | Cpo | NcpDpo | NcpCpo)
+    one = algorithm.pairs.rule == "best_worst" or "prompts" not in recipe.source_kinds
+    return 1 if one else group_size * (group_size - 1) // 2
 
 
 def _latent_numbers(recipe: Recipe, shape_CHW: tuple[int, int, int]) -> dict[str, str]:
     algorithm, num_entries = recipe.algorithm, math.prod(shape_CHW)
-    latent = num_entries if algorithm.latent_reduce == "latent_mean" else 1
-    steps = recipe.sampler.num_scored_steps if algorithm.time_reduce == "time_mean" else 1
     numbers = {
         "latent shape, entries": f"{shape_CHW}, {num_entries}",
-        "a group on the wire": f"{group_bytes(recipe, shape_CHW) / 2**20:.2f} MiB",
+        "a group on the wire, at most": f"{group_bytes(recipe, shape_CHW) / 2**20:.2f} MiB",
         "in flight at most": f"{in_flight_bytes(recipe, shape_CHW) / 2**20:.1f} MiB",
-        "beta of the trajectory KL, sum_sum": f"{algorithm.kl_weight / (latent * steps):.3g}",
     }
-    if algorithm.clip_eps is not None:
-        drift = algorithm.clip_eps * math.sqrt(num_entries) * (latent / num_entries)
+    if isinstance(algorithm, Prdp):
+        latent = num_entries if algorithm.latent_reduce == "latent_mean" else 1
+        steps = recipe.sampler.num_scored_steps if algorithm.time_reduce == "time_mean" else 1
+        numbers["beta of the trajectory KL, sum_sum"] = f"{algorithm.kl_weight / (latent * steps):.3g}"
+    if isinstance(algorithm, Prdp | PolicyGradient | Ddpo) and algorithm.window is not None:
+        latent = num_entries if algorithm.latent_reduce == "latent_mean" else 1
+        drift = algorithm.window * math.sqrt(num_entries) * (latent / num_entries)
         numbers["window as a mean shift, in sigma an entry"] = f"{drift:.3g}"
+    if isinstance(algorithm, Dpo | Cpo | Spin):
+        betas = [i.beta for i in algorithm.iterations] if isinstance(algorithm, Spin) else [_beta_full(algorithm)]
+        numbers["beta per latent entry"] = ", ".join(f"{beta / num_entries:.3g}" for beta in betas)
     return numbers
+
+
+def _beta_full(algorithm: Dpo | Cpo) -> float:
+    return algorithm.beta if isinstance(algorithm, Dpo) else algorithm.beta_full

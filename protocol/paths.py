@@ -43,6 +43,11 @@ def model_source(path: str) -> str:
     )
 
 
+def manifest_path(run_dir: Path, number: int) -> Path:
+    """Returns where a run keeps the usable rows of its recipe's dataset of that number."""
+    return run_dir / f"data-{number}.jsonl"
+
+
 def _looks_like_hub_id(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 

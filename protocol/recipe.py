@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from protocol.algorithms import Prdp
+from protocol import requirements
+from protocol.algorithms import Algorithm, Iteration, SourceKind, Spin, SpinExact
+from protocol.datasets import Dataset
 from protocol.section import Decay, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 RESERVED_LABELS = ("mean", "std_within_group", "std_between_groups")
@@ -63,8 +65,10 @@ class Model(Section):
 class Prompts(Section):
     """Prompt files: one prompt a line, UTF-8; empty lines and lines starting with # are skipped."""
 
-    train: str
-    """Prompts that tickets are made from."""
+    train: str | None = None
+    """Prompts that tickets are made from; null where all come from `data`."""
+    weight: PositiveFloat = 1.0
+    """Share of tickets that start from a prompt, relative to the weights in `data`."""
     held_out: str | None = None
     """Prompts never trained on, for evaluation and sample grids."""
 
@@ -175,7 +179,11 @@ class Learner(Placement):
     micro_batch_size: PositiveInt = 64
     """(trajectory, step) items in one forward and backward pass; bounds activation memory."""
     learning_rate: PositiveFloat = 1e-4
-    """AdamW's learning rate, constant."""
+    """AdamW's learning rate, once warm."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps in which the learning rate rises from 0, linearly."""
+    decay: Literal["constant", "linear"] = "constant"
+    """`linear`: after the warm-up it falls, to 0 just after the last step of the run, or of the self-play iteration."""
     weight_decay: NonNegativeFloat = 1e-4
     """AdamW's decoupled weight decay."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
@@ -188,7 +196,7 @@ class Learner(Placement):
     """Micro-batches each rank recomputes each round to compare with the rollout's log-probabilities."""
     parity_tolerance: PositiveFloat | None = None
     """Largest latent_mean difference of a recomputed log-probability; above it the run stops.
-    Default: a tenth of clip_eps in latent_mean units, or 1e-5 without a window."""
+    Default: a tenth of the algorithm's window in latent_mean units, or 1e-5 without one."""
 
     @property
     def sharded_stage(self) -> int:
@@ -275,15 +283,17 @@ class Recipe(Section):
     """Rollout actors. Changes how fast a run goes, never where it ends."""
     model: Model = Model()
     """The base model."""
-    prompts: Prompts
+    prompts: Prompts = Prompts()
     """Prompt files."""
+    data: tuple[Dataset, ...] = ()
+    """Datasets of real images, or of preference pairs. A ticket's source is drawn by the weights, its item by turns."""
     batch: Batch
     """The size of a round."""
     sampler: Sampler = Sampler()
     """How trajectories are drawn."""
-    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
-    """What is maximised: the weighted sum of these."""
-    algorithm: Prdp
+    rewards: tuple[Reward, ...] = ()
+    """What is maximised: the weighted sum of these. Methods that learn from data only need none."""
+    algorithm: Algorithm
     """The update."""
     learner: Learner = Learner()
     """The learner."""
@@ -306,7 +316,7 @@ class Recipe(Section):
                 raise ValueError(f"rewards: {label} is a name that metrics use themselves; rename the reward")
             if labels.count(label) > 1:
                 raise ValueError(f"rewards: two rewards are called {label}; metrics could not tell them apart")
-        if all(reward.weight == 0 for reward in self.rewards):
+        if self.rewards and all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: every weight is 0, so nothing is trained on")
         return self
 
@@ -327,15 +337,21 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _prdp_can_learn(self) -> Self:
-        if self.batch.group_size < 2:
-            raise ValueError(f"batch.group_size: {self.batch.group_size}; prdp compares siblings and needs at least 2")
-        if self.sampler.num_scored_steps < 1:
-            raise ValueError(
-                f"sampler: eta {self.sampler.eta} with {self.sampler.num_steps} steps leaves no step with a "
-                "density; prdp needs a stochastic sampler: eta above 0 and at least 2 steps"
-            )
+    def _algorithm_can_learn(self) -> Self:
+        for problem in requirements.problems(self):
+            raise ValueError(problem)
         return self
+
+    @property
+    def source_kinds(self) -> tuple[SourceKind, ...]:
+        """What each source of tickets is: the prompts if there are any, then the datasets, in their order."""
+        prompts: tuple[SourceKind, ...] = ("prompts",) if self.prompts.train is not None else ()
+        return (*prompts, *(dataset.kind for dataset in self.data))
+
+    @property
+    def iterations(self) -> tuple[Iteration, ...]:
+        """The iterations of self-play; none for other methods."""
+        return self.algorithm.iterations if isinstance(self.algorithm, Spin | SpinExact) else ()
 
     @property
     def num_shards(self) -> int:
@@ -345,13 +361,15 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """The part of the recipe that weights depend on: what a resumed run may not change.
 
-        The learner's layout may: weights then differ in the last bits, which a resume says.
+        The learner's layout may: weights then differ in the last bits, which a resume says. So may the number of
+        rounds, unless learning rates follow from it.
         """
         place = {"num_cpus", "resources"}
+        has_fixed_end = self.learner.decay == "linear" or bool(self.iterations)
         return self.model_dump(
             mode="json",
             exclude={
-                "rounds": True,
+                "rounds": not has_fixed_end,
                 "rollouts": True,
                 "redis": True,
                 "checkpoints": True,

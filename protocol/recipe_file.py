@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -126,46 +127,90 @@ def _list_index(node: list[Any], key: str, dotted: str) -> int:
 
 
 def _explain(error: ValidationError) -> str:
-    return "\n".join(f"  - {_explain_one(detail)}" for detail in error.errors(include_url=False))
+    details = error.errors(include_url=False)
+    return "\n".join(f"  - {_explain_one(detail)}" for detail in details if not _is_echo(detail, details))
+
+
+def _is_echo(detail: Any, details: Sequence[Any]) -> bool:
+    """True for a list that is called too short because its entries are wrong."""
+    depth = len(detail["loc"])
+    return detail["type"] == "too_short" and any(
+        other["loc"][:depth] == detail["loc"] for other in details if len(other["loc"]) > depth
+    )
 
 
 def _explain_one(detail: Any) -> str:
-    location = [part for part in detail["loc"] if part not in ("lora", "full")]
-    key = ".".join(str(part) for part in location)
-    if detail["type"] == "extra_forbidden":
-        return f"unknown key {key}. {_legal_keys(location)}"
-    if detail["type"] == "missing":
-        return f"{key} is missing: {_description(location)}"
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    if not key:
-        return message
-    return f"{key}: {message}. Got: {detail['input']!r}. {_description(location)}".rstrip()
+    place = _place(detail["loc"])
+    match detail["type"]:
+        case "extra_forbidden":
+            legal = sorted({name for kind in place.around for name in kind.model_fields})
+            return f"unknown key {place.key}. {_closest(place.last, legal)}Legal keys here: {', '.join(legal)}"
+        case "missing":
+            return f"{place.key} is missing: {place.description}"
+        case "union_tag_invalid" | "union_tag_not_found":
+            ((name, *_), tags) = zip(*map(_tag, place.inside), strict=True)
+            hint = _closest(str(detail["ctx"].get("tag")), tags)
+            return f"{place.key}.{name} is none of {', '.join(tags)}. {hint}Got: {detail['input']!r}"
+        case "value_error":
+            # These messages are ours; most begin with their key.
+            message = str(detail["msg"]).removeprefix("Value error, ")
+            return message if message.startswith(place.key) else f"{place.key}: {message}"
+    return f"{place.key}: {detail['msg']}. Got: {detail['input']!r}. {place.description}".rstrip()
 
 
-def _legal_keys(location: Sequence[Any]) -> str:
-    legal = sorted({name for kind in _sections_at(location[:-1]) for name in kind.model_fields})
-    close = difflib.get_close_matches(str(location[-1]), legal, n=1)
-    hint = f"Did you mean {close[0]}? " if close else ""
-    return f"{hint}Legal keys here: {', '.join(legal)}"
+def _closest(word: str, legal: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, legal, n=1)
+    return f"Did you mean {close[0]}? " if close else ""
 
 
-def _description(location: Sequence[Any]) -> str:
-    for kind in _sections_at(location[:-1]):
-        field = kind.model_fields.get(str(location[-1]))
-        if field is not None:
-            return " ".join((field.description or "").split())
-    return ""
+@dataclass(frozen=True)
+class _Place:
+    """Where an error is: `_Place(path=("algorithm", "kl_weight"), around=(Prdp,), inside=())`: the path as a person
+    writes it, the sections that its last key may stand in, and those that may be below."""
+
+    path: tuple[str | int, ...]
+    around: tuple[type[BaseModel], ...]
+    inside: tuple[type[BaseModel], ...]
+
+    @property
+    def key(self) -> str:
+        """The dotted path."""
+        return ".".join(map(str, self.path))
+
+    @property
+    def last(self) -> str:
+        """The last key."""
+        return str(self.path[-1])
+
+    @property
+    def description(self) -> str:
+        """What the last key means."""
+        fields = [kind.model_fields[self.last] for kind in self.around if self.last in kind.model_fields]
+        return " ".join((fields[0].description or "").split()) if fields else ""
 
 
-def _sections_at(location: Sequence[Any]) -> list[type[BaseModel]]:
-    """Returns the recipe sections that a key path leads to: several where a union stands."""
-    kinds: list[type[BaseModel]] = [Recipe]
+def _place(location: Sequence[str | int]) -> _Place:
+    """Follows pydantic's location of an error, in which a union's tag stands as if it were a key."""
+    path: list[str | int] = []
+    around: list[type[BaseModel]] = []
+    inside: list[type[BaseModel]] = [Recipe]
     for part in location:
-        if isinstance(part, int):
+        tagged = [kind for kind in inside if _tag(kind)[1] == part] if len(inside) > 1 else []
+        if tagged:
+            inside = tagged
             continue
-        fields = [kind.model_fields[part] for kind in kinds if part in kind.model_fields]
-        kinds = [kind for field in fields for kind in _sections_in(field.annotation)]
-    return kinds
+        path.append(part)
+        if isinstance(part, str):
+            around = inside
+            fields = [kind.model_fields[part] for kind in around if part in kind.model_fields]
+            inside = [kind for field in fields for kind in _sections_in(field.annotation)]
+    return _Place(tuple(path), tuple(around), tuple(inside))
+
+
+def _tag(kind: type[BaseModel]) -> tuple[str, str]:
+    """Returns what tells a section from the others of its union: the field that may have one value only, and that."""
+    literals = {name: get_args(field.annotation) for name, field in kind.model_fields.items()}
+    return next((name, one[0]) for name, one in literals.items() if len(one) == 1 and isinstance(one[0], str))
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:

@@ -21,8 +21,21 @@ class Purpose(StrEnum):
     STEP_NOISE = "step_noise"
     PROMPT_ORDER = "prompt_order"
     ADAPTER_INIT = "adapter_init"
+    ENCODER_INIT = "encoder_init"
     PARITY_PROBE = "parity_probe"
     EVALUATION = "evaluation"
+    SOURCE = "source"
+    TIMESTEP = "timestep"
+    TRAINING_NOISE = "training_noise"
+    PERCEPTION_NOISE = "perception_noise"
+    PERCEPTION_TIMESTEP = "perception_timestep"
+    SELECTION = "selection"
+    PROMPT_DROPOUT = "prompt_dropout"
+    POSTERIOR = "posterior"
+    FLIP = "flip"
+    TEACHER_FORCING = "teacher_forcing"
+    EXCURSION_TIMESTEP = "excursion_timestep"
+    EXCURSION_NOISE = "excursion_noise"
 
 
 def derive_seed(root: int, purpose: Purpose, *coordinates: int | str) -> int:

@@ -6,29 +6,56 @@ whenever, and however often. Nothing here keeps state: the plan of any round can
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 
-from protocol.seeds import Purpose, derive_seed
+from protocol.algorithms import SourceKind
+from protocol.seeds import SEED_BITS, Purpose, derive_seed
+
+
+@dataclass(frozen=True)
+class Source:
+    """What tickets start from: the prompts of a file, or the rows of a dataset with their captions.
+
+    A worked example, a dataset whose rows 0 and 2 are usable:
+
+        Source(kind="images", prompts=("a red seven", "a blue one"), rows=(0, 2), weight=1.0)
+    """
+
+    kind: SourceKind
+    prompts: tuple[str, ...]
+    rows: tuple[int, ...]
+    weight: float
+
+    @staticmethod
+    def of_prompts(prompts: Sequence[str], weight: float = 1.0) -> Source:
+        """Returns the source that a prompt file is."""
+        return Source("prompts", tuple(prompts), tuple(range(len(prompts))), weight)
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """One prompt to sample G siblings for, with the weights to use.
+    """One prompt to sample G siblings for, with the weights to use, or one row of a dataset to start from.
 
     Made by learner rank 0, eaten by a rollout worker. A worked example:
 
-        Ticket(ticket_id="000003-0007", round=3, index=7, prompt="a red seven on a blue ground",
+        Ticket(ticket_id="000003-0007", round=3, index=7, prompt="a red seven on a blue ground", source=0, row=41,
                seeds_G=(71..., 8...) [8 siblings], version=3, weights_digest="9f86d081..." [64 hex digits])
+
+    `source` is a position in the plan's sources, `row` the prompt's or the dataset row's number there.
     """
 
     ticket_id: str
     round: int
     index: int
     prompt: str
+    source: int
+    row: int
     seeds_G: tuple[int, ...]
     version: int
     weights_digest: str
@@ -36,27 +63,52 @@ class Ticket:
 
 @dataclass(frozen=True)
 class TicketPlan:
-    """What fixes every ticket of a run except the digests of versions that do not exist yet."""
+    """What fixes every ticket of a run except the digests of versions that do not exist yet.
+
+    With `iteration_starts`, the first rounds of self-play's iterations, every round of an iteration is sampled with
+    the weights at its start (Yuan et al., arXiv 2402.10210), and a row's images are the same whenever it comes again.
+    """
 
     run_seed: int
-    prompts: tuple[str, ...]
+    sources: tuple[Source, ...]
     num_groups: int
     group_size: int
     lag: int
+    iteration_starts: tuple[int, ...] = ()
 
     def version_of(self, round_: int) -> int:
-        """Round u is sampled with version max(0, u - lag)."""
+        """Round u is sampled with version max(0, u - lag), or with that of its iteration's start."""
+        if self.iteration_starts:
+            return self.iteration_starts[self.iteration_of(round_)]
         return max(0, round_ - self.lag)
+
+    def iteration_of(self, round_: int) -> int:
+        """Returns the number of a round's iteration of self-play; 0 without."""
+        return max(0, bisect_right(self.iteration_starts, round_) - 1)
+
+    def is_sampled_with(self, version: int) -> bool:
+        """True if some ticket names the version."""
+        return not self.iteration_starts or version in self.iteration_starts
+
+    def kept_versions(self, round_: int) -> list[int]:
+        """Returns the versions that rounds from this one on may still ask for, up to that of its start."""
+        return sorted(
+            {round_, *(v for r in range(round_, round_ + self.lag + 1) if (v := self.version_of(r)) <= round_)}
+        )
 
     def ticket(self, round_: int, index: int, weights_digest: str) -> Ticket:
         """Returns ticket `index` in [0, num_groups) of a round."""
         ticket_id = f"{round_:06d}-{index:04d}"
+        number, position = self._draw(ticket_id, round_ * self.num_groups + index)
+        source = self.sources[number]
         return Ticket(
             ticket_id=ticket_id,
             round=round_,
             index=index,
-            prompt=self._prompt(round_ * self.num_groups + index),
-            seeds_G=tuple(derive_seed(self.run_seed, Purpose.SIBLING, ticket_id, g) for g in range(self.group_size)),
+            prompt=source.prompts[position],
+            source=number,
+            row=source.rows[position],
+            seeds_G=self._seeds(round_, ticket_id, number, source.rows[position]),
             version=self.version_of(round_),
             weights_digest=weights_digest,
         )
@@ -65,14 +117,28 @@ class TicketPlan:
         """Returns the P tickets of a round, sorted by ticket_id."""
         return [self.ticket(round_, index, weights_digest) for index in range(self.num_groups)]
 
-    def _prompt(self, position: int) -> str:
-        """Prompts come in passes over the file, each pass in an order of its own."""
-        epoch, offset = divmod(position, len(self.prompts))
-        return self.prompts[_pass_order(self.run_seed, epoch, len(self.prompts))[offset]]
+    def _seeds(self, round_: int, ticket_id: str, source: int, row: int) -> tuple[int, ...]:
+        key = f"{self.iteration_of(round_)}/{source}/{row}" if self.iteration_starts else ticket_id
+        return tuple(derive_seed(self.run_seed, Purpose.SIBLING, key, g) for g in range(self.group_size))
+
+    def _draw(self, ticket_id: str, position: int) -> tuple[int, int]:
+        """Returns a ticket's source, drawn by key, and its position there: items come in passes over the source, each
+        pass in an order of its own. Of several sources each pass visits the share of items that its weight gives."""
+        number = self._source(ticket_id) if len(self.sources) > 1 else 0
+        size = len(self.sources[number].prompts)
+        epoch, offset = divmod(position, size)
+        # A lone source's key is that of a run without others.
+        key = (epoch, number) if len(self.sources) > 1 else (epoch,)
+        return number, _pass_order(self.run_seed, key, size)[offset]
+
+    def _source(self, ticket_id: str) -> int:
+        weights = list(accumulate(source.weight for source in self.sources))
+        drawn = derive_seed(self.run_seed, Purpose.SOURCE, ticket_id) / 2**SEED_BITS * weights[-1]
+        return min(bisect_right(weights, drawn), len(weights) - 1)
 
 
-@lru_cache(maxsize=2)  # A round may straddle two passes.
-def _pass_order(run_seed: int, epoch: int, num_prompts: int) -> Sequence[int]:
-    generator = np.random.Generator(np.random.Philox(derive_seed(run_seed, Purpose.PROMPT_ORDER, epoch)))
+@lru_cache(maxsize=16)  # A round may straddle two passes of each source.
+def _pass_order(run_seed: int, key: tuple[int, ...], num_prompts: int) -> Sequence[int]:
+    generator = np.random.Generator(np.random.Philox(derive_seed(run_seed, Purpose.PROMPT_ORDER, *key)))
     order: list[int] = generator.permutation(num_prompts).tolist()
     return order

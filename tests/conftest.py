@@ -12,13 +12,14 @@ from hypothesis import settings
 from cluster.redis_server import RedisServer
 from protocol.groups import Group
 from protocol.stream import Streams, connect
-from protocol.tickets import Ticket, TicketPlan
+from protocol.tickets import Source, Ticket, TicketPlan
 
 # A shared machine may stall any single example; the tests bound the work, not the clock.
 settings.register_profile("sfumato", deadline=None)
 settings.load_profile("sfumato")
 
-PLAN = TicketPlan(run_seed=7, prompts=("a red seven", "a blue one", "a green four"), num_groups=8, group_size=4, lag=1)
+PROMPTS = Source.of_prompts(("a red seven", "a blue one", "a green four"))
+PLAN = TicketPlan(run_seed=7, sources=(PROMPTS,), num_groups=8, group_size=4, lag=1)
 DIGEST = "9f86d081" * 8
 
 
@@ -90,6 +91,7 @@ def make_group() -> Callable[..., Group]:
             worker="rollout-0@host",
             rollout_s=0.41,
             reward_s=1e-17,
+            num_images=4,
             arrays={
                 "latents_GSCHW": rng.standard_normal((4, 6, 4, 8, 8)).astype(np.float32),
                 "log_prob_GT": rng.standard_normal((4, 5)),

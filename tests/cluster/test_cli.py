@@ -309,7 +309,7 @@ def test_a_run_that_has_published_nothing_yet_has_no_digest(refused: Refused, de
 
 
 def ledger_line(round_: int) -> str:
-    row = {"version": round_, "digest": f"d{round_}", "published_version": round_ + 1}
+    row = {"round": round_, "version": round_, "digest": f"d{round_}", "published_version": round_ + 1}
     return json.dumps({**row, "published_digest": f"d{round_ + 1}"}) + "\n"
 
 
@@ -338,6 +338,14 @@ def test_a_line_of_the_ledger_that_is_still_being_written_does_not_count(
     (desk / "run" / "ledger.jsonl").write_text(ledger_line(0) + ledger_line(1)[:30])
     assert run_command_line(["digest", "run"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "d1"
+
+
+def test_a_line_of_the_ledger_that_cannot_be_read_is_named(refused: Refused, desk: Path) -> None:
+    make_run(desk / "run")
+    (desk / "run" / "ledger.jsonl").write_text(ledger_line(0) + "{\n" + ledger_line(2))
+    message = refused("digest", "run")
+    assert "the ledger of the run run cannot be read" in message
+    assert "ledger.jsonl, line 2" in message
 
 
 def test_evaluating_needs_prompts_and_a_checkpoint(refused: Refused, desk: Path) -> None:

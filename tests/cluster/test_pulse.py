@@ -10,8 +10,9 @@ import psutil
 import pytest
 import ray
 
-from cluster.pulse import HEALTH, Pulse, Services
-from cluster.weight_store import WeightStore
+from cluster import launch
+from cluster.pulse import Pulse, Services
+from protocol.recipe_file import load_recipe
 
 
 class Clock:
@@ -71,8 +72,7 @@ def test_while_nothing_can_be_heard_nobody_is_silent(pulse: Pulse, clock: Clock)
 @pytest.fixture(scope="module")
 def store() -> Iterator[Any]:
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    remote = ray.remote(concurrency_groups={HEALTH: 1})(WeightStore)
-    yield remote.options(num_cpus=0, max_restarts=1, max_task_retries=-1).remote(2)
+    yield launch.start_store(load_recipe("recipes/tiny_prdp.yaml"))
     ray.shutdown()
 
 

@@ -204,6 +204,14 @@ def test_a_server_that_hangs_is_replaced_once_it_has_not_answered_for_long_enoug
     assert own_redis_server.pid not in (None, hung)
 
 
+def test_looking_after_a_server_keeps_one_connection(own_redis_server: RedisServer) -> None:
+    with connect(own_redis_server.url, timeout_s=5.0) as client:
+        assert own_redis_server.keep_alive(60.0)
+        before = client.info("stats")["total_connections_received"]
+        assert all(own_redis_server.keep_alive(60.0) for _ in range(5))
+        assert client.info("stats")["total_connections_received"] == before
+
+
 def test_a_server_that_died_is_kept_alive(own_redis_server: RedisServer) -> None:
     killed = own_redis_server.pid
     assert killed is not None

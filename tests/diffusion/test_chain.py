@@ -1,4 +1,5 @@
-"""Sampling and replaying whole trajectories: K-T11 (replay is exact), K-T12 (no draw depends on company)."""
+"""Sampling and replaying whole trajectories: K-T11 (replay is exact), K-T12 (no draw depends on company); real
+images' trajectories (S-T11)."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from diffusion.chain import Chain, Trajectories
+from diffusion.kernels import noised, teacher_forced_transition
 from diffusion.noise import initial_noise, step_noise
 from diffusion.policy import Policy
 from learner.batching import items_where
@@ -212,3 +214,97 @@ def test_sampling_is_the_same_on_arrays_that_crossed_the_wire(tiny_model: str) -
         )
     )
     assert torch.equal(replay(chain, arrived, micro_batch_size=len(SEEDS)), drawn.log_prob_GT)
+
+
+# Trajectories of real images.
+
+
+def real_images(chain: Chain, num_images: int = len(SEEDS)) -> Tensor:
+    """Latents that no model made, (N, C, H, W) fp32, on the wire's grid."""
+    shape_CHW = chain.policy.latent_shape_CHW
+    images_NCHW = 0.5 * torch.randn(num_images, *shape_CHW, generator=torch.Generator().manual_seed(8))
+    return images_NCHW.to(chain.wire_dtype).float()
+
+
+@pytest.mark.parametrize(("kernel", "last_step"), [("ddim", "unscored"), ("ddpm", "clamp")])
+@pytest.mark.parametrize("wire_dtype", ["float32", "float16"])
+def test_a_real_images_trajectory_is_fed_the_states_and_the_noises_that_others_can_replay(
+    tiny_model: str, kernel: str, wire_dtype: str, last_step: str
+) -> None:
+    chain = make_chain(tiny_model, kernel=kernel, wire_dtype=wire_dtype, last_step=last_step)
+    images_NCHW, shape_CHW = real_images(chain), chain.policy.latent_shape_CHW
+    latents_NSCHW = chain.teacher_forced(images_NCHW, SEEDS)
+    assert latents_NSCHW.dtype == chain.wire_dtype
+    assert latents_NSCHW.shape == (len(SEEDS), len(chain.schedule) + 1, *shape_CHW)
+    step_of_all = [chain.schedule.at(torch.full((len(SEEDS),), step)) for step in range(len(chain.schedule))]
+    start = noised(images_NCHW, initial_noise(SEEDS, shape_CHW, shared=False), step_of_all[0])
+    assert torch.equal(latents_NSCHW[:, 0], start.to(chain.wire_dtype))
+    for step, constants in enumerate(step_of_all):
+        drawn = teacher_forced_transition(
+            latents_NSCHW[:, step].float(), images_NCHW, constants, noise_NCHW=step_noise(SEEDS, step, shape_CHW)
+        )
+        assert torch.equal(latents_NSCHW[:, step + 1], drawn.next_state_NCHW.to(chain.wire_dtype))
+
+
+@pytest.mark.parametrize("wire_dtype", ["float32", "float16"])
+def test_a_real_images_trajectory_ends_at_the_image_unless_the_last_step_is_clamped(
+    tiny_model: str, wire_dtype: str
+) -> None:
+    ddim = make_chain(tiny_model, wire_dtype=wire_dtype)
+    changes: list[dict[str, Any]] = [{"kernel": "ddpm"}, {"last_step": "clamp"}]
+    ddpm, clamped = (Chain(ddim.policy, ddim.sampler.model_copy(update=change)) for change in changes)
+    images_NCHW = real_images(ddim)
+    for chain in (ddim, ddpm):
+        assert torch.equal(chain.teacher_forced(images_NCHW, SEEDS)[:, -1].float(), images_NCHW)
+    gap = clamped.teacher_forced(images_NCHW, SEEDS)[:, -1].float() - images_NCHW
+    assert 0.01 < gap.std().item() < 0.1
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_the_states_of_real_images_have_the_forward_marginals(tiny_model: str, eta: float) -> None:
+    chain = make_chain(tiny_model, eta=eta)
+    images_NCHW = real_images(chain, num_images=200)
+    latents_NSCHW = chain.teacher_forced(images_NCHW, range(200))
+    for step in range(len(chain.schedule)):
+        signal, level = chain.schedule.signal_N[step], chain.schedule.noise_N[step]
+        noise = (latents_NSCHW[:, step] - signal * images_NCHW) / level
+        # Five standard errors.
+        assert abs(noise.mean().item()) < 5 / noise.numel() ** 0.5
+        assert noise.var().item() == pytest.approx(1, abs=5 * (2 / noise.numel()) ** 0.5)
+
+
+def test_a_real_images_trajectory_depends_on_its_own_image_and_seed_and_on_no_network(tiny_model: str) -> None:
+    chain = make_chain(tiny_model)
+    images_NCHW, state = real_images(chain), torch.get_rng_state()
+    together = chain.teacher_forced(images_NCHW, SEEDS)
+    assert torch.equal(chain.teacher_forced(images_NCHW[[2, 1]], (SEEDS[2], SEEDS[1])), together[[2, 1]])
+    assert torch.equal(make_chain(tiny_model, trained=False).teacher_forced(images_NCHW, SEEDS), together)
+    shared = Chain(chain.policy, Sampler(num_steps=4, share_initial_noise=True, guidance_scale=4.0))
+    assert torch.equal(shared.teacher_forced(images_NCHW, SEEDS), together)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_policy_finds_a_density_at_every_scored_step_of_a_real_images_trajectory(tiny_model: str) -> None:
+    chain = make_chain(tiny_model, guidance_scale=4.0)
+    latents_NSCHW = chain.teacher_forced(real_images(chain), SEEDS)
+    scored_T = chain.schedule.scored_N
+    arrived = Trajectories(latents_NSCHW, torch.zeros(len(SEEDS), len(scored_T), dtype=torch.float64), scored_T)
+    log_prob_GT = replay(chain, arrived, micro_batch_size=5)
+    assert torch.isfinite(log_prob_GT).all()
+    assert (log_prob_GT[:, :-1] != 0).all()
+    assert (log_prob_GT[:, -1] == 0).all()
+
+
+def test_the_caller_is_told_after_each_step_of_a_real_images_trajectory(tiny_model: str) -> None:
+    calls: list[int] = []
+    chain = make_chain(tiny_model)
+    chain.teacher_forced(real_images(chain), SEEDS, after_step=lambda: calls.append(len(calls)))
+    assert calls == [0, 1, 2, 3]
+
+
+def test_real_images_without_a_seed_each_or_of_another_shape_are_refused(tiny_model: str) -> None:
+    chain = make_chain(tiny_model)
+    images_NCHW = real_images(chain)
+    for wrong in (images_NCHW[:1], images_NCHW[:, :, :-1], images_NCHW[0]):
+        with pytest.raises(ValueError, match="3 seeds need latents of shape"):
+            chain.teacher_forced(wrong, SEEDS)

@@ -1,8 +1,10 @@
-"""The transition kernel against closed forms: K-T1 to K-T4, K-T8, and the guidance arithmetic of K-T7."""
+"""The transition kernel against closed forms: K-T1 to K-T4, K-T8, and the guidance arithmetic of K-T7; the
+teacher-forced kernel (S-T11) and the kernel KL (B8)."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Literal
 
@@ -15,9 +17,12 @@ from torch import Tensor
 from diffusion.kernels import (
     Transition,
     guide,
+    kernel_kl_latent_mean,
     log_prob_latent_sum,
     log_ratio_difference_form,
+    noised,
     predicted_noise_and_clean,
+    teacher_forced_transition,
     transition,
 )
 from diffusion.schedules import StepConstants, make_schedule
@@ -281,3 +286,132 @@ def test_every_step_uses_the_constants_of_its_own_index() -> None:
     picked = whole.at(torch.tensor([4, 1]))
     for field in dataclasses.fields(StepConstants):
         assert torch.equal(getattr(picked, field.name), getattr(whole, field.name)[[4, 1]])
+
+
+# S-T11: trajectories of real images. The chain is linear and Gaussian, so means and covariances say all of it, and
+# noises of -1 and 1 in all combinations have those of the normal law exactly.
+
+FALLING = [901, 500, 480, 21]
+
+
+def all_trajectories(constants: StepConstants, image: float) -> Tensor:
+    """Teacher-forced trajectories of one image under all combinations of two-point noises, (N, S) fp64."""
+    noise_NS = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=len(constants) + 1)), dtype=torch.float64)
+    noises = [noise_N.view(-1, 1, 1, 1) for noise_N in noise_NS.unbind(1)]
+    clean = torch.full_like(noises[0], image)
+    states = [noised(clean, noises[0], step_of(constants, 0, len(clean)))]
+    for step, noise in enumerate(noises[1:]):
+        at = step_of(constants, step, len(clean))
+        drawn = teacher_forced_transition(states[-1], clean, at, noise_NCHW=noise, wire_dtype=torch.float64)
+        states.append(drawn.next_state_NCHW)
+    return torch.stack([state.flatten() for state in states], dim=1)
+
+
+@pytest.mark.parametrize(("kernel", "eta"), [("ddim", 0.0), ("ddim", 0.3), ("ddim", 1.0), ("ddpm", 1.0)])
+@pytest.mark.parametrize("clamp", [False, True])
+def test_every_state_of_a_real_images_trajectory_has_the_forward_marginal(
+    kernel: Kernel, eta: float, clamp: bool
+) -> None:
+    states_NS = all_trajectories(schedule(FALLING, kernel=kernel, eta=eta, clamp=clamp), 0.8)
+    final = ALPHA_BAR[:1] if clamp else torch.ones(1, dtype=torch.float64)
+    alpha_bar_S = torch.cat([ALPHA_BAR[FALLING], final])
+    torch.testing.assert_close(states_NS.mean(0), alpha_bar_S.sqrt() * 0.8, rtol=0, atol=1e-9)
+    torch.testing.assert_close(states_NS.var(0, correction=0), 1 - alpha_bar_S, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_with_eta_one_a_real_images_trajectory_is_the_forward_process_read_backwards(kernel: Kernel) -> None:
+    states_NS = all_trajectories(schedule(FALLING, kernel=kernel), 0.8)[:, :-1]
+    alpha_bar_S = ALPHA_BAR[FALLING]
+    # The forward process: x_t = sqrt(abar_t / abar_u) x_u + fresh noise, for every less noisy u.
+    noisier, cleaner = alpha_bar_S[:, None], alpha_bar_S[None]
+    covariance_SS = torch.minimum(noisier / cleaner, cleaner / noisier).sqrt() * (1 - torch.maximum(noisier, cleaner))
+    torch.testing.assert_close(torch.cov(states_NS.T, correction=0), covariance_SS, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("kernel", "eta"), [("ddim", 0.3), ("ddim", 1.0), ("ddpm", 1.0)])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_network_that_knows_the_image_draws_its_teacher_forced_trajectory(
+    kernel: Kernel, eta: float, kind: Literal["epsilon", "v_prediction", "sample"]
+) -> None:
+    constants = schedule(FALLING, kernel=kernel, eta=eta).at(torch.arange(len(FALLING)))
+    state, clean, noise = (normal(len(FALLING), 2, 3, 3, seed=seed) for seed in range(3))
+    signal, level = (value.view(-1, 1, 1, 1) for value in (constants.signal_N, constants.noise_N))
+    epsilon = (state - signal * clean) / level
+    output = {"epsilon": epsilon, "v_prediction": signal * epsilon - level * clean, "sample": clean}[kind]
+    known = transition(
+        state, output, constants, prediction_type=kind, noise_NCHW=noise, wire_dtype=torch.float64
+    ).next_state_NCHW
+    forced = teacher_forced_transition(state, clean, constants, noise_NCHW=noise, wire_dtype=torch.float64)
+    torch.testing.assert_close(forced.next_state_NCHW, known, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("wire", [torch.float32, torch.float16])
+def test_the_unscored_last_step_lands_exactly_on_the_real_image(kernel: Kernel, wire: torch.dtype) -> None:
+    constants = step_of(schedule([21, 1], kernel=kernel), 1, num_chains=3)
+    state, clean, noise = (normal(3, 2, 3, 3, seed=seed, dtype=torch.float32) for seed in range(3))
+    drawn = teacher_forced_transition(state, clean, constants, noise_NCHW=noise, wire_dtype=wire)
+    assert torch.equal(drawn.next_state_NCHW, clean.to(wire).float())
+    assert torch.equal(drawn.log_prob_N, torch.zeros(3, dtype=torch.float64))
+
+
+# B8: the KL of one step.
+
+
+def kernel_kl(mean: Tensor, mean_ref: Tensor, sigma_N: Tensor) -> Tensor:
+    """The KL of steps that are all scored."""
+    return kernel_kl_latent_mean(mean, mean_ref, sigma_N, torch.ones_like(sigma_N, dtype=torch.bool))
+
+
+def test_means_a_tenth_apart_at_half_a_sigma_have_the_published_kl() -> None:
+    mean, sigma_N = normal(2, 4, 3, 3, seed=0), torch.full((2,), 0.5, dtype=torch.float64)
+    expected_N = torch.full((2,), 0.02, dtype=torch.float64)
+    for sign in (1, -1):
+        torch.testing.assert_close(kernel_kl(mean, mean + sign * 0.1, sigma_N), expected_N, rtol=0, atol=1e-9)
+
+
+def test_the_kernel_kl_is_the_kl_of_the_gaussians_averaged_over_latent_entries() -> None:
+    mean, mean_ref = normal(3, 4, 3, 3, seed=0), normal(3, 4, 3, 3, seed=1)
+    sigma_N = torch.tensor([0.02, 0.5, 2.0], dtype=torch.float64)
+    here, there = (torch.distributions.Normal(value, sigma_N.view(-1, 1, 1, 1)) for value in (mean, mean_ref))
+    expected_N = torch.distributions.kl_divergence(here, there).flatten(1).mean(1)
+    torch.testing.assert_close(kernel_kl(mean, mean_ref, sigma_N), expected_N, rtol=1e-12, atol=0)
+
+
+def test_the_kernel_kl_is_the_expected_log_ratio_of_drawn_steps() -> None:
+    """The log-ratio is linear in the noise, so a noise and its negative have its expectation between them."""
+    mean, mean_ref, noise = (normal(3, 4, 3, 3, seed=seed) for seed in range(3))
+    sigma_N = torch.tensor([0.02, 0.5, 2.0], dtype=torch.float64)
+    step = sigma_N.view(-1, 1, 1, 1) * noise
+    log_ratios = [log_ratio_difference_form(mean + side, mean, mean_ref, sigma_N) for side in (step, -step)]
+    expected_N = sum(log_ratios) / 2 / mean[0].numel()
+    torch.testing.assert_close(kernel_kl(mean, mean_ref, sigma_N), expected_N, rtol=1e-9, atol=0)
+
+
+def test_the_kernel_kl_pulls_the_mean_to_the_reference_and_is_zero_there() -> None:
+    mean_ref, sigma_N = normal(2, 4, 3, 3, seed=0), torch.tensor([0.5, 2.0], dtype=torch.float64)
+    mean = (mean_ref + 0.1).requires_grad_()
+    (gradient,) = torch.autograd.grad(kernel_kl(mean, mean_ref, sigma_N).sum(), mean)
+    expected = (0.1 / sigma_N.square() / mean[0].numel()).view(-1, 1, 1, 1).expand_as(mean)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=0)
+    assert torch.equal(kernel_kl(mean_ref, mean_ref, sigma_N), torch.zeros_like(sigma_N))
+
+
+@pytest.mark.parametrize("unscored_mean", [0.3, math.inf, math.nan])
+def test_an_unscored_step_has_no_kl_and_no_gradient(unscored_mean: float) -> None:
+    mean, mean_ref = scalar(0.6, unscored_mean).requires_grad_(), scalar(0.5, 0.0)
+    sigma_N, scored_N = torch.tensor([0.5, 0.0], dtype=torch.float64), torch.tensor([True, False])
+    kl_N = kernel_kl_latent_mean(mean, mean_ref, sigma_N, scored_N)
+    (gradient,) = torch.autograd.grad(kl_N.sum(), mean)
+    torch.testing.assert_close(kl_N, torch.tensor([0.02, 0.0], dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(gradient, scalar(0.4, 0.0), rtol=0, atol=1e-9)
+
+
+def test_the_kernel_kl_of_single_precision_means_a_hair_apart_keeps_six_digits() -> None:
+    _, one, two, sigma, scored = means_a_hair_apart(seed=0)
+    kl_N = kernel_kl_latent_mean(one, two, sigma, scored)
+    exact = ((one.double() - two.double()) / sigma.double()).square().mean() / 2
+    assert kl_N.dtype == torch.float64
+    assert exact > 1e-9
+    assert kl_N.item() == pytest.approx(exact.item(), rel=1e-6)

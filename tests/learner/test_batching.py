@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.batching import RoundBatch, items_where, stack_groups
+from learner.batching import RoundBatch, items_where, micro_batches, stack, stack_groups
 from protocol.errors import TrainingError
 from protocol.groups import Group
 
@@ -60,9 +60,28 @@ def test_half_precision_latents_are_widened_exactly(make_group: MakeGroup) -> No
 
 def test_a_group_that_lacks_a_field_is_refused_with_the_fields_name(make_group: MakeGroup) -> None:
     group = make_group()
+    for field in ("latents_GSCHW", "log_prob_GT", "scored_T"):
+        arrays = {name: array for name, array in group.arrays.items() if name != field}
+        with pytest.raises(TrainingError, match=f"lacks the field {field}"):
+            stack_groups([Group(**{**vars(group), "arrays": arrays})], CPU)
+
+
+def test_rewards_are_asked_for_only_where_they_are_needed(make_group: MakeGroup) -> None:
+    """Self-play on trajectories has none."""
+    group = make_group()
     arrays = {name: array for name, array in group.arrays.items() if name != "reward_G"}
+    batch = stack_groups([Group(**{**vars(group), "arrays": arrays})], CPU)
+    assert torch.equal(batch.log_prob_PGT[0], torch.from_numpy(group.array("log_prob_GT")))
     with pytest.raises(TrainingError, match="lacks the field reward_G"):
-        stack_groups([Group(**{**vars(group), "arrays": arrays})], CPU)
+        _ = batch.reward_PG
+
+
+def test_a_field_is_stacked_as_it_is_in_the_order_given(make_group: MakeGroup) -> None:
+    groups = [make_group(index) for index in (5, 2)]
+    for name in groups[0].arrays:
+        stacked = stack(groups, name, CPU)
+        assert str(stacked.dtype).removeprefix("torch.") == str(groups[0].array(name).dtype)
+        assert np.array_equal(stacked.numpy(), np.stack([group.array(name) for group in groups]))
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 4])
@@ -100,4 +119,13 @@ def test_items_come_by_group_then_step_then_sibling(wanted_PGT: torch.Tensor) ->
 def test_micro_batches_are_as_many_on_every_rank(micro_batch_size: int) -> None:
     """Their number depends on the shape of a part and the mask of steps, never on the groups themselves."""
     scored_PGT = torch.tensor([True, True, False]).expand(4, 5, 3)
-    assert len(items_where(scored_PGT).split(micro_batch_size)) == -(-40 // micro_batch_size)
+    assert len(micro_batches(items_where(scored_PGT), micro_batch_size)) == -(-40 // micro_batch_size)
+
+
+@given(masks, st.integers(1, 9))
+def test_micro_batches_are_together_the_items(wanted_PGT: torch.Tensor, size: int) -> None:
+    """Of no items there are none: the network is never asked about nothing."""
+    items = items_where(wanted_PGT)
+    batches = micro_batches(items, size)
+    assert all(0 < len(batch) <= size for batch in batches)
+    assert torch.equal(torch.cat([items[:0], *batches]), items)

@@ -11,13 +11,17 @@ from learner import checkpoint
 from learner.checkpoint import Checkpoint, Meta, checkpoints_in, latest_checkpoint
 from protocol.errors import RunDirError
 
+ALGORITHM_STATE = {"tracker": {"a red seven": [0.1, 1 / 3, 2.0**-1074]}}
+"""What an algorithm keeps, with numbers that only exact text gives back."""
+
 
 def write(run_dir: Path, round_: int, *, keep_last: int = 10) -> Checkpoint:
     folder = checkpoint.begin(run_dir, round_)
     (folder / "state").mkdir()
     (folder / "state" / "optimizer.pt").write_bytes(b"moments")
     digests = {str(round_ - 1): "ab", str(round_): "cd"}
-    meta = Meta(round_, 4 * round_, 0, world_size=2, zero_stage=1, precision="fp32", digests=digests)
+    layout = {"world_size": 2, "zero_stage": 1}
+    meta = Meta(round_, 4 * round_, 0, **layout, precision="fp32", digests=digests, algorithm_state=ALGORITHM_STATE)
     return checkpoint.commit(folder, meta, {round_ - 1: b"before", round_: b"now"}, keep_last)
 
 
@@ -26,6 +30,7 @@ def test_what_was_committed_is_read_back(tmp_path: Path) -> None:
     found = latest_checkpoint(tmp_path)
     assert found == written
     assert found.meta.step == 40
+    assert found.meta.algorithm_state == ALGORITHM_STATE
     assert (found.version_bytes(9), found.version_bytes(10)) == (b"before", b"now")
     assert (found.folder / "state" / "optimizer.pt").read_bytes() == b"moments"
 

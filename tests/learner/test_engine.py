@@ -23,6 +23,8 @@ FP32_GAP = 2e-5
 """Sums over ranks and partitions in another order."""
 BF16_GAP = 0.08
 """One more rounding of every gradient to bf16; in the first steps AdamW, dividing by its size, makes it larger."""
+BF16_STAGE3_GAP = 0.2
+"""Stage 3 computes linear layers by itself, so as not to keep whole weights, and rounds once more before their bias."""
 BF16_NORM_GAP = 0.02
 
 CELLS = [pytest.param(cell, id=cell.name, marks=() if cell in FEW else pytest.mark.slow) for cell in cells()]
@@ -33,6 +35,13 @@ RANKS = pytest.mark.parametrize("world_size", [1, 2])
 def has_other_stage(cell: Cell) -> bool:
     """Whether the gang that trains a cell also trains the one whose file it takes up."""
     return not cell.offload and (cell in FEW) == (cell.with_other_stage() in FEW)
+
+
+def allowed_gap(cell: Cell) -> float:
+    """How far two end points of a cell may be apart."""
+    if cell.precision == "fp32":
+        return FP32_GAP
+    return BF16_STAGE3_GAP if cell.stage == 3 else BF16_GAP
 
 
 Found = Callable[[Cell, int], dict[str, Any]]
@@ -70,7 +79,7 @@ def run_gang(world_size: int, model: str, folder: Path, which: str) -> dict[str,
 def test_every_cell_ends_where_adamw_ends(found: Found, cell: Cell, world_size: int) -> None:
     cell_found = found(cell, world_size)
     assert cell_found["moved"]
-    assert cell_found["gap_to_adamw"] < (BF16_GAP if cell.precision == "bf16" else FP32_GAP)
+    assert cell_found["gap_to_adamw"] < allowed_gap(cell)
     assert cell_found["norm_gap"] < (BF16_NORM_GAP if cell.precision == "bf16" else 1e-5)
 
 
@@ -91,4 +100,4 @@ def test_consolidated_state_carries_masters_moments_and_weights(found: Found, ce
 @pytest.mark.parametrize("cell", [param for param in CELLS if has_other_stage(param.values[0])])
 def test_two_ranks_go_on_from_one_rank_of_another_stage(found: Found, cell: Cell) -> None:
     gap = found(cell, 2)[f"gap_from_{cell.with_other_stage().name}-1"]
-    assert gap < (BF16_GAP if cell.precision == "bf16" else FP32_GAP)
+    assert gap < max(allowed_gap(cell), allowed_gap(cell.with_other_stage()))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import protocol.codec
-from protocol.codec import DTYPES, MAX_DIMS, decode_group, decode_ticket, encode_group, encode_ticket
+from protocol.codec import DTYPES, MAX_DIMS, SCHEMA, decode_group, decode_ticket, encode_group, encode_ticket
 from protocol.errors import WireError
 from protocol.groups import Group
 from protocol.tickets import Ticket
@@ -30,6 +30,8 @@ tickets = st.builds(
     round=naturals,
     index=naturals,
     prompt=texts,
+    source=naturals,
+    row=naturals,
     seeds_G=st.lists(naturals, min_size=1, max_size=9).map(tuple),
     version=naturals,
     weights_digest=texts,
@@ -61,6 +63,7 @@ groups = st.builds(
     worker=texts,
     rollout_s=st.floats(),
     reward_s=st.floats(),
+    num_images=naturals,
     arrays=st.dictionaries(names, arrays(), max_size=3),
 )
 
@@ -116,7 +119,7 @@ def test_every_field_is_bytes_and_readable_by_other_programs(make_group: Callabl
 
 
 envelope_names = st.sampled_from([b"schema", b"kind", b"checksum"])
-envelope_values = st.sampled_from([b"1", b"group", b"ticket"])
+envelope_values = st.sampled_from([str(SCHEMA).encode(), b"group", b"ticket"])
 arbitrary_fields = st.dictionaries(
     st.one_of(st.binary(max_size=20), envelope_names), st.one_of(st.binary(max_size=50), envelope_values)
 )
@@ -189,7 +192,8 @@ def resealed(fields: Fields, **changes: bytes) -> Fields:
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
-        ("schema", b"2", "wrong schema"),
+        ("schema", b"1", "wrong schema"),
+        ("schema", b"3", "wrong schema"),
         ("kind", b"ticket", "wrong kind"),
         ("round", b"-1", "round is not a whole number"),
         ("round", b"007", "round is not a whole number"),
@@ -197,6 +201,7 @@ def resealed(fields: Fields, **changes: bytes) -> Fields:
         ("round", b"9" * 5000, "round is not a whole number"),
         ("rollout_s", b"0.410", "rollout_s is not a number"),
         ("rollout_s", b"1_0.0", "rollout_s is not a number"),
+        ("num_images", b"8.0", "num_images is not a whole number"),
         ("prompt", b"\xff\xfe", "prompt is not UTF-8"),
         ("novelty", b"1", "unknown fields"),
         ("array__extra", b"1234", "lacks fields"),
@@ -227,6 +232,14 @@ def test_a_corrupted_byte_is_caught_by_the_checksum(make_group: Callable[..., Gr
 def test_seeds_that_are_no_seeds_are_refused(make_ticket: Callable[..., Ticket], seeds: bytes) -> None:
     with pytest.raises(WireError, match="seeds"):
         decode_ticket(resealed(encode_ticket(make_ticket()), seeds_G=seeds))
+
+
+@pytest.mark.parametrize("field", ["source", "row"])
+def test_what_a_ticket_starts_from_is_a_number(make_ticket: Callable[..., Ticket], field: str) -> None:
+    fields = encode_ticket(make_ticket(index=2))
+    assert fields[field.encode()] == str(getattr(make_ticket(index=2), field)).encode()
+    with pytest.raises(WireError, match=f"{field} is not a whole number"):
+        decode_ticket(resealed(fields, **{field: b"-1"}))
 
 
 def test_a_ticket_is_no_group_and_a_group_no_ticket(
@@ -273,7 +286,12 @@ def test_an_oversized_group_is_neither_sent_nor_read(
 
 
 @pytest.mark.parametrize(
-    "change", [{"round": -1}, {"index": 2**63}, {"prompt": "\ud800"}, {"seeds_G": (-1,)}, {"seeds_G": ()}]
+    "change",
+    [
+        *({"round": -1}, {"index": 2**63}, {"source": -1}, {"row": 2**63}),
+        *({"prompt": "\ud800"}, {"seeds_G": (-1,)}, {"seeds_G": ()}),
+    ],
+    ids=str,
 )
 def test_what_could_not_be_read_back_is_not_sent(make_ticket: Callable[..., Ticket], change: dict[str, object]) -> None:
     with pytest.raises(WireError):

@@ -31,9 +31,10 @@ from protocol.codec import Fields, encode_group
 from protocol.groups import Group
 from protocol.stream import Arrival, Claim, GroupReader, QueueDepth, Streams, connect
 from protocol.stream.streams import WORKERS
-from protocol.tickets import Ticket, TicketPlan
+from protocol.tickets import Source, Ticket, TicketPlan
 
-PLAN = TicketPlan(run_seed=7, prompts=("a red seven", "a blue one"), num_groups=3, group_size=2, lag=1)
+PROMPTS = Source.of_prompts(("a red seven", "a blue one"))
+PLAN = TicketPlan(run_seed=7, sources=(PROMPTS,), num_groups=3, group_size=2, lag=1)
 NUM_SHARDS = 2
 SAMPLER = '{"eta":1.0}'
 ENOUGH_TURNS = 300
@@ -83,6 +84,7 @@ def group_of(ticket: Ticket, worker: str) -> Group:
         worker=worker,
         rollout_s=0.5,
         reward_s=0.25,
+        num_images=2,
         arrays={"latents_GD": rng.standard_normal((2, 3)), "reward_G": rng.standard_normal(2).astype(np.float32)},
     )
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from protocol.algorithms import Algorithm, Prdp
 from protocol.derived import derived_numbers
 from protocol.errors import ModelError, RecipeError
 from protocol.recipe import Recipe
@@ -24,6 +25,13 @@ FIXED = [
     "learner.micro_batch_size=64",
 ]
 """Settings that hand-computed numbers rest on, whatever the demo's tuning."""
+
+DATA = ["prompts={}", "rewards=[]", "data=[{path: photos}]"]
+"""Tickets start from a dataset's images alone."""
+
+SCORED = "rewards=[{name: digit_alignment}]"
+
+ALGORITHMS = tuple(get_args(kind.model_fields["name"].annotation)[0] for kind in get_args(get_args(Algorithm)[0]))
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -41,6 +49,17 @@ def document(**changes: Any) -> dict[str, Any]:
 def prdp(**changes: Any) -> dict[str, Any]:
     """The algorithm's section, with keys changed."""
     return {"name": "prdp", "kl_weight": 0.01, "clip_eps": 0.01, **changes}
+
+
+def dpo(**changes: Any) -> dict[str, Any]:
+    """Another algorithm's."""
+    return {"name": "dpo", "beta_full": 100.0, **changes}
+
+
+def spin(**changes: Any) -> dict[str, Any]:
+    """A third one's, of two iterations."""
+    iterations = [{"rounds": 1, "beta_half": 100.0}, {"rounds": 2, "beta_half": 200.0}]
+    return {"name": "spin", "iterations": iterations, **changes}
 
 
 def refusal(changed: dict[str, Any]) -> str:
@@ -79,20 +98,32 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
     [
         ({"learnr": {}}, "learnr", "learner", ("rewards", "batch", "sampler")),
         ({"learner": {"learning_rat": 1}}, "learner.learning_rat", "learning_rate", ("zero_stage",)),
-        ({"algorithm": prdp(clip_epz=1)}, "clip_epz", "clip_eps", ("kl_weight", "num_updates")),
-        ({"model": {"trainable": {"form": "lora", "rnk": 4}}}, "rnk", "rank", ("alpha", "targets")),
+        ({"algorithm": prdp(clip_epz=1)}, "algorithm.clip_epz", "clip_eps", ("kl_weight", "num_updates")),
+        ({"algorithm": prdp(prdp=1)}, "algorithm.prdp", None, ("clip_eps", "kl_weight")),
+        ({"algorithm": dpo(perception={})}, "algorithm.perception", None, ("beta_full", "pairs")),
+        ({"algorithm": dpo(pairs={"ruel": "all_pairs"})}, "algorithm.pairs.ruel", "rule", ("threshold",)),
+        ({"algorithm": spin(iterations=[{"round": 3}])}, "algorithm.iterations.0.round", "rounds", ("beta_half",)),
+        ({"model": {"trainable": {"form": "lora", "rnk": 4}}}, "model.trainable.rnk", "rank", ("alpha", "targets")),
+        ({"model": {"trainable": {"form": "full", "rank": 4}}}, "model.trainable.rank", None, ("form",)),
         ({"rewards": [{"name": "a", "wieght": 1}]}, "rewards.0.wieght", "weight", ("replicas", "kwargs")),
+        ({"full": 1}, "full", None, ("rounds", "model")),
     ],
+    ids=str,
 )
 def test_a_typo_is_refused_with_the_key_the_closest_and_the_legal_ones(
-    changes: dict[str, Any], key: str, closest: str, legal: tuple[str, ...]
+    changes: dict[str, Any], key: str, closest: str | None, legal: tuple[str, ...]
 ) -> None:
     message = refusal(document(**changes))
     assert "mine.yaml" in message
-    assert f"{key}." in message
-    assert f"Did you mean {closest}?" in message
-    for name in (closest, *legal):
+    assert f"unknown key {key}. " in message
+    assert (f"Did you mean {closest}?" in message) == (closest is not None)
+    for name in legal:
         assert name in message.split("Legal keys here:")[1]
+
+
+def test_the_legal_keys_are_those_of_the_algorithm_that_is_named() -> None:
+    told = refusal(document(algorithm=prdp(beta_full=1)))
+    assert told.split("Legal keys here: ")[1].rstrip(".") == ", ".join(sorted(Prdp.model_fields))
 
 
 def test_a_bare_beta_is_refused() -> None:
@@ -110,10 +141,68 @@ def test_a_missing_key_is_named_with_what_it_means() -> None:
     assert "rounds is missing: Rounds to train" in message
 
 
-def test_an_unknown_algorithm_is_refused_with_the_known_ones() -> None:
-    message = refusal(document(algorithm={"name": "ppo", "kl_weight": 1.0, "clip_eps": None}))
-    assert "'ppo'" in message
-    assert "'prdp'" in message
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_wrong_value_in_an_algorithm_is_told_by_its_key_alone(name: str) -> None:
+    """Pydantic puts the name of the algorithm into the path of an error."""
+    message = refusal(document(algorithm={"name": name, "num_updates": 0}))
+    assert "  - algorithm.num_updates: Input should be greater than or equal to 1. Got: 0. K: passes" in message
+    assert f"algorithm.{name}" not in message
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "closest"),
+    [
+        ({"name": "grpo", "kl_weight": 1.0}, None),
+        ({"name": "ncp-sft"}, "ncp_sft"),
+        ({"name": "PRDP"}, None),
+        ({"name": ["prdp"]}, None),
+        ({"kl_weight": 1.0}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_an_unknown_algorithm_is_refused_with_the_legal_names(algorithm: dict[str, Any], closest: str | None) -> None:
+    message = refusal(document(algorithm=algorithm))
+    assert f"algorithm.name is none of {', '.join(ALGORITHMS)}. " in message
+    assert f"Got: {algorithm!r}" in message
+    assert closest is None or f"Did you mean {closest}?" in message
+
+
+def test_an_unknown_training_form_is_refused_with_the_legal_ones() -> None:
+    for trainable in ({"form": "qlora"}, 5, None):
+        message = refusal(document(model={"trainable": trainable}))
+        assert f"model.trainable.form is none of lora, full. Got: {trainable!r}" in message.replace(
+            "Did you mean lora? ", ""
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"algorithm": {"name": "dpo"}}, "  - algorithm: exactly one of beta_half"),
+        ({"algorithm": {"name": "ncp_dpo", "beta_half": 1, "beta_full": 2}}, "they are 1.0 and 2.0."),
+        ({"learner": {"offload_optimizer": True}}, "  - learner.offload_optimizer: true needs learner.zero_stage"),
+        ({"sampler": {"kernel": "ddpm", "eta": 0.5}}, "  - sampler: kernel ddpm is eta 1;"),
+        (
+            {"data": [{"path": "x", "pair_filter": "absolute_winners"}]},
+            "  - data.0: pair_filter: absolute_winners needs kind: pairs",
+        ),
+        (
+            {"algorithm": {"name": "ddpo", "min_count": 9, "buffer_size": 8}},
+            "  - algorithm: min_count 9 is more than buffer_size 8 can ever hold.",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_section_says_of_itself_is_told_once_and_with_its_place(changes: dict[str, Any], said: str) -> None:
+    (_, line) = refusal(document(**changes)).splitlines()
+    assert said in line
+    assert "Got: {" not in line
+
+
+def test_a_list_of_wrong_entries_is_not_called_too_short() -> None:
+    assert "at least 1" not in refusal(document(algorithm=spin(iterations=[{"rounds": 3}])))
+    assert "algorithm.iterations: Tuple should have at least 1" in refusal(document(algorithm=spin(iterations=[])))
 
 
 # Numbers that cannot run: what, value, expected.
@@ -148,7 +237,6 @@ def test_an_unknown_algorithm_is_refused_with_the_known_ones() -> None:
             {"learner": {"world_size": 2}, "redis": {"num_shards": 3}},
             ("redis.num_shards: 3", "not a multiple of learner.world_size 2"),
         ),
-        ({"rewards": []}, ("rewards", "at least 1 item")),
         ({"rewards": [{"name": "a", "weight": 0}]}, ("every weight is 0", "nothing is trained on")),
         ({"rewards": [{"name": "a"}, {"name": "./x.py:a"}]}, ("two rewards are called a",)),
         ({"rewards": [{"name": "mean"}]}, ("mean is a name that metrics use", "rename")),
@@ -358,6 +446,10 @@ def test_what_weights_do_not_depend_on_is_no_part_of_a_recipes_identity(override
         "algorithm.inner_minibatches=2",
         "algorithm.tie_policy=drop",
         "algorithm.loss_scale=none",
+        "algorithm={name: policy_gradient, clip_range: null}",
+        "prompts.weight=2",
+        "learner.decay=linear",
+        "learner.warmup_steps=1",
         "learner.precision=bf16",
         "learner.micro_batch_size=1",
         "learner.learning_rate=1",
@@ -368,6 +460,43 @@ def test_what_weights_do_not_depend_on_is_no_part_of_a_recipes_identity(override
 )
 def test_what_weights_depend_on_is_part_of_a_recipes_identity(override: str) -> None:
     assert load_recipe(TINY, [override]).identity() != load_recipe(TINY).identity()
+
+
+def learning_from_data(*overrides: str) -> Recipe:
+    """The tiny recipe's model on regression to a dataset's images."""
+    return load_recipe(TINY, ["algorithm={name: sft}", *DATA, *overrides])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.0.path=others",
+        "data.0.flip=true",
+        "data.0.max_items=9",
+        "data=[{path: photos}, {path: more}]",
+        "algorithm.min_tau=1",
+    ],
+)
+def test_data_is_part_of_a_recipes_identity(override: str) -> None:
+    assert learning_from_data(override).identity() != learning_from_data().identity()
+
+
+def test_the_number_of_rounds_is_part_of_the_identity_where_learning_rates_follow_from_it() -> None:
+    for plan in ("learner.warmup_steps=9", "learner.decay=constant"):
+        assert load_recipe(TINY, [plan, "rounds=3"]).identity() == load_recipe(TINY, [plan, "rounds=4"]).identity()
+    decaying = [load_recipe(TINY, ["learner.decay=linear", f"rounds={rounds}"]).identity() for rounds in (3, 4)]
+    assert decaying[0] != decaying[1]
+    assert decaying[0] == load_recipe(TINY, ["learner.decay=linear", "rounds=3", "rollouts=9"]).identity()
+
+
+def test_the_identity_of_self_play_has_the_rounds_of_its_iterations() -> None:
+    identities = []
+    for last in (2, 3):
+        iterations = f"[{{rounds: 1, beta_half: 9}}, {{rounds: {last}, beta_half: 9}}]"
+        self_play = [f"algorithm={{name: spin, iterations: {iterations}}}", f"rounds={1 + last}"]
+        identities.append(learning_from_data(*self_play).identity())
+    assert [identity["rounds"] for identity in identities] == [3, 4]
+    assert identities[0] != identities[1]
 
 
 # Derived numbers, by hand for the tiny recipe: 24 groups of 8, 10 steps of which 9 are scored, 12 rounds of 4
@@ -395,18 +524,17 @@ def derive(model_folder: Path, *overrides: str) -> dict[str, str]:
 def test_derived_numbers_are_those_computed_by_hand(model_folder: Path) -> None:
     group_bytes = 8 * (11 * 256 * 4 + 10 * 8 + 2 * 4)
     assert derive(model_folder) == {
-        "training prompts": "2",
-        "images and reward queries a round": "192 (24 groups of 8)",
-        "images in all": "2304",
+        "tickets start from": "2 prompts",
+        "groups a round": "24, 12 a rank",
         "optimizer steps": "48 (4 a round)",
-        "scored steps of a trajectory": "9 of 10",
-        "groups a rank a round": "12",
-        "micro-batches of a pass, a rank": "14",
+        "images sampled a round, at most": "192 (24 groups of 8), 2304 in all",
         "U-Net forwards to sample a round": "1920",
+        "scored steps of a trajectory": "9 of 10",
+        "micro-batches of a pass, a rank": "14",
         "U-Net forwards to learn a round, at most": f"{192 * 9 * 17}",
         "versions kept": "1",
         "latent shape, entries": "(4, 8, 8), 256",
-        "a group on the wire": f"{group_bytes / 2**20:.2f} MiB",
+        "a group on the wire, at most": f"{group_bytes / 2**20:.2f} MiB",
         "in flight at most": f"{24 * group_bytes / 2**20:.1f} MiB",
         "beta of the trajectory KL, sum_sum": f"{1e-2 / (256 * 9):.3g}",
         "window as a mean shift, in sigma an entry": "0.16",
@@ -426,8 +554,64 @@ def test_derived_numbers_follow_the_recipe(model_folder: Path) -> None:
 
 def test_equal_windows_in_other_reductions_are_the_same_mean_shift(model_folder: Path) -> None:
     name = "window as a mean shift, in sigma an entry"
-    summed = derive(model_folder, "algorithm.latent_reduce=latent_sum", "algorithm.clip_eps=2.56")
-    assert summed[name] == derive(model_folder, "algorithm.clip_eps=0.01")[name]
+    mean = derive(model_folder, "algorithm.clip_eps=0.01")[name]
+    assert derive(model_folder, "algorithm.latent_reduce=latent_sum", "algorithm.clip_eps=2.56")[name] == mean
+    for kind in ("policy_gradient", "ddpo"):
+        assert derive(model_folder, f"algorithm={{name: {kind}, clip_range: 0.01, num_updates: 4}}")[name] == mean
+
+
+@pytest.mark.parametrize(
+    ("overrides", "learning", "steps_an_image", "latents_a_group"),
+    [
+        # A backward pass counts as two forwards. Of trajectories, 9 of 10 steps are scored; all 11 states are sent.
+        (["algorithm={name: policy_gradient, clip_range: 1}"], 192 * 9 * 4, 10, 8 * 11),
+        (["algorithm={name: policy_gradient, clip_range: 1, kl_coef: 1}"], 192 * 9 * 5, 10, 8 * 11),
+        (["algorithm={name: ddpo, num_updates: 3}"], 192 * 9 * 12, 10, 8 * 11),
+        # Of images one forward with a backward each; pairs twice that, and the reference's errors.
+        (["algorithm={name: sft}"], 24 * 3, 10, 8),
+        (["algorithm={name: cpo, beta_full: 1}"], 24 * 6, 10, 8),
+        (["algorithm={name: dpo, beta_full: 1, pairs: {rule: all_pairs}}"], 24 * 28 * 8, 10, 8),
+        # One image of the dataset, or a pair of them, goes with a group; what is not sampled is only that.
+        (["algorithm={name: sft}", *DATA], 24 * 3, 0, 1),
+        (["algorithm={name: dpo, beta_full: 1}", *DATA, "data.0.kind=pairs"], 24 * 8, 0, 2),
+        (["algorithm={name: spin, iterations: [{rounds: 12, beta_half: 1}]}", *DATA], 192 * 8, 10, 8 + 1),
+        (["algorithm={name: spin_exact, iterations: [{rounds: 12}]}", *DATA], 2 * 192 * 9 * 5, 10, 8 * 11 + 1),
+        # Excursions of three states and their noise, from samples or from a dataset's images.
+        (["algorithm={name: sharpening_sft, excursion: {noise: fresh}}"], 24 * 3 * 3, 13, 8 * 4),
+        (["algorithm={name: sharpening_rlhf, beta_full: 1, excursion: {noise: fresh}}"], 24 * 3 * 8, 13, 8 * 4),
+        (["algorithm={name: sharpening_sft, excursion: {noise: fresh}}", *DATA, SCORED], 24 * 3 * 3, 3, 8 * 4 + 1),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_each_algorithms_numbers_are_those_counted_by_hand(
+    model_folder: Path, overrides: list[str], learning: int, steps_an_image: int, latents_a_group: int
+) -> None:
+    numbers = derive(model_folder, *overrides)
+    assert numbers["U-Net forwards to learn a round, at most"] == str(learning)
+    sampling = numbers.get("U-Net forwards to sample a round")
+    assert sampling == (f"{192 * steps_an_image}" if steps_an_image else None)
+    # Rewards and log-probabilities are small beside the latents.
+    size = float(numbers["a group on the wire, at most"].split()[0])
+    assert size == pytest.approx(latents_a_group * 1024 / 2**20, rel=0.05, abs=0.006)
+
+
+def test_tickets_are_told_to_start_from_each_source(model_folder: Path) -> None:
+    mixture = ["algorithm={name: sft}", "data=[{path: photos}, {path: duels, kind: pairs}]"]
+    assert derive(model_folder, *mixture)["tickets start from"] == "2 prompts, images of photos, pairs of duels"
+
+
+def test_what_is_probably_not_meant_is_noted(model_folder: Path) -> None:
+    assert "note" not in derive(model_folder)
+    noted = derive(model_folder, "algorithm={name: cpo, beta_full: 1, sft_weight: 0}")["note"]
+    assert noted == "algorithm.sft_weight is 0: nothing bounds the loser's error"
+
+
+def test_betas_on_errors_are_told_an_entry_in_one_convention(model_folder: Path) -> None:
+    name = "beta per latent entry"
+    assert derive(model_folder, "algorithm={name: dpo, beta_full: 512}")[name] == "2"
+    assert derive(model_folder, "algorithm={name: dpo, beta_half: 512}")[name] == "1"
+    iterations = "[{rounds: 4, beta_half: 512}, {rounds: 8, beta_half: 1024}]"
+    assert derive(model_folder, f"algorithm={{name: spin, iterations: {iterations}}}", *DATA)[name] == "1, 2"
 
 
 def test_a_model_of_the_hub_is_not_looked_up(model_folder: Path) -> None:

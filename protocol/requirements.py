@@ -1,0 +1,122 @@
+"""What each algorithm asks of the rest of a recipe: the combinations that could not learn, each with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from protocol.algorithms import Cpo, NcpCpo, NcpDpo, NcpSft, SharpeningRlhf, SharpeningSft, Spin, SpinExact
+
+if TYPE_CHECKING:
+    from protocol.algorithms import SourceKind
+    from protocol.recipe import Recipe
+
+HAS_WHICH = {
+    "prompts": "prompts.train",
+    "images": "a dataset of images in data",
+    "pairs": "a dataset of preference pairs in data",
+}
+
+
+def problems(recipe: Recipe) -> Iterator[str]:
+    """Yields what is wrong, in the order in which a person would mend it."""
+    yield from _sources(recipe)
+    yield from _groups(recipe)
+    yield from _densities(recipe)
+    yield from _iterations(recipe)
+    yield from _excursions(recipe)
+    yield from _perception(recipe)
+
+
+def needs_rewards(recipe: Recipe) -> bool:
+    """True if some group is learnt from by its rewards."""
+    return "prompts" in recipe.source_kinds or recipe.algorithm.content == "excursions"
+
+
+def is_sampled(recipe: Recipe, kind: SourceKind) -> bool:
+    """True if groups of a source depend on weights: pairs, and images but for self-play and excursions, are only
+    encoded."""
+    algorithm = recipe.algorithm
+    return kind == "prompts" or algorithm.content == "excursions" or isinstance(algorithm, Spin | SpinExact)
+
+
+def _sources(recipe: Recipe) -> Iterator[str]:
+    name, usable = recipe.algorithm.name, recipe.algorithm.sources
+    wanted = " or ".join(HAS_WHICH[kind] for kind in usable)
+    if not recipe.source_kinds:
+        yield f"there is nothing to learn from: algorithm {name} needs {wanted}"
+    for kind in recipe.source_kinds:
+        if kind not in usable:
+            yield f"algorithm {name} cannot learn from {HAS_WHICH[kind]}; it needs {wanted}"
+    if needs_rewards(recipe) and not recipe.rewards:
+        yield f"rewards: algorithm {name} learns from rewards, so that at least one is needed"
+
+
+def _groups(recipe: Recipe) -> Iterator[str]:
+    algorithm, group_size = recipe.algorithm, recipe.batch.group_size
+    if needs_rewards(recipe) and group_size < algorithm.min_group_size:
+        yield (
+            f"batch.group_size: {group_size}; {algorithm.name} compares siblings and needs at least "
+            f"{algorithm.min_group_size}"
+        )
+    if algorithm.max_lag is not None and recipe.lag > algorithm.max_lag:
+        yield (
+            f"lag: {recipe.lag}; the loss of {algorithm.name} means nothing on groups that old: use at most "
+            f"{algorithm.max_lag}"
+        )
+
+
+def _densities(recipe: Recipe) -> Iterator[str]:
+    sampler, name = recipe.sampler, recipe.algorithm.name
+    if recipe.algorithm.content == "trajectories" and sampler.num_scored_steps < 1:
+        yield (
+            f"sampler: eta {sampler.eta} with {sampler.num_steps} steps leaves no step with a density; {name} needs a "
+            "stochastic sampler: eta above 0 and at least 2 steps"
+        )
+
+
+def _iterations(recipe: Recipe) -> Iterator[str]:
+    total = sum(iteration.rounds for iteration in recipe.iterations)
+    if recipe.iterations and total != recipe.rounds:
+        yield f"rounds: {recipe.rounds}, but the iterations of algorithm.iterations have {total} in all"
+
+
+def _excursions(recipe: Recipe) -> Iterator[str]:
+    algorithm = recipe.algorithm
+    if not isinstance(algorithm, SharpeningSft | SharpeningRlhf) or "images" not in recipe.source_kinds:
+        return
+    if algorithm.select_on == "final_x0":
+        yield (
+            "algorithm.select_on: final_x0 gives all candidates of one dataset image the same score; use path_mean or "
+            "path_sum"
+        )
+    if algorithm.excursion.noise != "fresh":
+        yield (
+            f"algorithm.excursion.noise: {algorithm.excursion.noise}, but candidates of one dataset image differ only "
+            "by their noise; use fresh"
+        )
+
+
+def _perception(recipe: Recipe) -> Iterator[str]:
+    if isinstance(recipe.algorithm, NcpSft | NcpDpo | NcpCpo) and recipe.learner.precision != "fp32":
+        yield (
+            f"learner.precision: {recipe.learner.precision}; {recipe.algorithm.name} resolves differences of 1e-3 in a "
+            "latent, which bf16 rounds away: use fp32"
+        )
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """Returns what is legal and probably not meant."""
+    algorithm, found = recipe.algorithm, []
+    if isinstance(algorithm, Cpo | NcpCpo) and algorithm.sft_weight == 0:
+        found.append("algorithm.sft_weight is 0: nothing bounds the loser's error")
+    if isinstance(algorithm, SpinExact) and algorithm.spin_lambda < 0.5:
+        found.append(f"algorithm.spin_lambda is {algorithm.spin_lambda}: below 1/2 iterations diverge")
+    if isinstance(algorithm, SharpeningSft) and recipe.batch.group_size == 1:
+        found.append("batch.group_size is 1: sharpening_sft is then plain regression, with nothing to select")
+    if recipe.iterations and any(
+        recipe.learner.warmup_steps > iteration.rounds * algorithm.num_steps_per_round
+        for iteration in recipe.iterations
+    ):
+        found.append("learner.warmup_steps outlasts an iteration: its learning rate is never reached")
+    return found

@@ -1,0 +1,119 @@
+"""A whole run in one process: real learner, DeepSpeed and Redis, rollouts in a thread, scores at once."""
+
+from __future__ import annotations
+
+import _thread
+import json
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.makers import GroupMaker
+from actors.real import open_real_images
+from actors.rollout import Rollout
+from cluster.sources import prepare_sources, read_plan
+from diffusion.chain import Chain
+from diffusion.policy import Policy
+from learner.train import LearnerRank
+from protocol.groups import Group
+from protocol.recipe import Recipe
+from protocol.stream import Claim, Streams
+from rewards.composition import named_scores
+
+
+class MemoryStore:
+    """A weight store in this process."""
+
+    def __init__(self) -> None:
+        self.versions: dict[int, tuple[str, bytes]] = {}
+
+    def publish(self, version: int, digest: str, data: bytes) -> None:
+        self.versions[version] = (digest, data)
+
+    def held(self) -> set[int]:
+        return set(self.versions)
+
+    def fetch(self, digest: str) -> bytes:
+        return next(data for held, data in list(self.versions.values()) if held == digest)
+
+
+class Brightness:
+    """Scores that are there at once: how red an image is."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self._score_G = (images[..., 0].mean(axis=(1, 2)) / 255).astype(np.float32)
+
+    def ready(self) -> bool:
+        return True
+
+    def result(self) -> Mapping[str, np.ndarray]:
+        return named_scores({"brightness": self._score_G}, {"brightness": 1.0})
+
+
+Deliver = Callable[[Streams, Claim, Group], None]
+
+
+def deliver_well(streams: Streams, claim: Claim, group: Group) -> None:
+    """Appends once and acknowledges."""
+    streams.append(group)
+    streams.acknowledge(claim)
+
+
+class Run:
+    """A recipe trained in this process; `groups` are those that were delivered."""
+
+    def __init__(self, recipe: Recipe, run_dir: Path, open_streams: Callable[[], Streams]) -> None:
+        run_dir.mkdir(exist_ok=True)
+        prepare_sources(recipe, run_dir, lambda words: None)
+        self.recipe, self.run_dir, self.groups = recipe, run_dir, list[Group]()
+        self.plan = read_plan(recipe, run_dir)
+        self._store, self._open_streams = MemoryStore(), open_streams
+        self._stop = threading.Event()
+        self._failure: Exception | None = None
+
+    def train(self, deliver: Deliver = deliver_well) -> list[dict[str, Any]]:
+        """Trains to the recipe's end; returns the metrics of each round."""
+        policy = Policy.from_recipe(self.recipe)
+        chain = Chain(policy, self.recipe.sampler)
+        maker = GroupMaker(chain, self.recipe, open_real_images(self.recipe, self.run_dir, policy))
+        rollout = Rollout(chain, maker, self._fetch, lambda images, *_: Brightness(images), "w")
+        streams = self._open_streams()
+        streams.open()
+        rank = LearnerRank(
+            self.recipe, self.plan, self.run_dir, self._open_streams(), self._store, torch.device("cpu")
+        )
+        thread = threading.Thread(target=self._work, args=(rollout, streams, deliver), daemon=True)
+        thread.start()
+        try:
+            rank.train()
+        except KeyboardInterrupt:
+            raise self._failure or KeyboardInterrupt from None
+        finally:
+            self._stop.set()
+            thread.join()
+        return self.lines("metrics.jsonl")
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """Returns the rows of metrics or ledger."""
+        return [json.loads(line) for line in (self.run_dir / name).read_text().splitlines()]
+
+    def _fetch(self, ticket: Any) -> bytes:
+        return self._store.fetch(ticket.weights_digest)
+
+    def _work(self, rollout: Rollout, streams: Streams, deliver: Deliver) -> None:
+        while not self._stop.is_set():
+            claim = streams.take("w", block_s=0.01, claim_idle_s=5.0)
+            if claim is None:
+                continue
+            try:
+                group = rollout.complete(rollout.sample(claim.ticket, after_step=lambda: None))
+            except Exception as error:  # the learner would wait for this group for ever
+                self._failure = error
+                _thread.interrupt_main()
+                return
+            self.groups.append(group)
+            deliver(streams, claim, group)

@@ -1,0 +1,212 @@
+"""What could not learn is refused with the algorithm's name and what it needs; what is odd is only noted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from protocol.errors import RecipeError
+from protocol.recipe import Recipe
+from protocol.recipe_file import parse_recipe
+from protocol.requirements import is_sampled, needs_rewards, problems, warnings
+
+PROMPTS: dict[str, Any] = {"train": "prompts.txt"}
+IMAGES, PAIRS = {"path": "photos"}, {"path": "duels", "kind": "pairs"}
+REWARDS = [{"name": "digit_alignment"}]
+ITERATIONS = [{"rounds": 1}, {"rounds": 2}]
+FRESH = {"noise": "fresh"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "prdp": {"kl_weight": 1.0, "clip_eps": 1.0},
+    "policy_gradient": {"clip_range": 1.0},
+    "ddpo": {},
+    "spin_exact": {"iterations": ITERATIONS},
+    "sft": {},
+    "dpo": {"beta_full": 1.0},
+    "cpo": {"beta_full": 1.0},
+    "ncp_sft": {},
+    "ncp_dpo": {"beta_full": 1.0},
+    "ncp_cpo": {"beta_full": 1.0},
+    "spin": {"iterations": [{"beta_half": 1.0, **iteration} for iteration in ITERATIONS]},
+    "sharpening_sft": {"excursion": FRESH},
+    "sharpening_rlhf": {"excursion": FRESH, "beta_full": 1.0},
+}
+"""The least that each algorithm must be given."""
+
+LEARNS_FROM = {
+    "prompts": {*SETTINGS} - {"spin", "spin_exact"},
+    "images": {"sft", "ncp_sft", "spin", "spin_exact", "sharpening_sft", "sharpening_rlhf"},
+    "pairs": {"sft", "ncp_sft", "dpo", "ncp_dpo", "cpo", "ncp_cpo"},
+}
+"""Which algorithms can learn from a source."""
+
+SOURCES = {"prompts": {"prompts": PROMPTS}, "images": {"data": [IMAGES]}, "pairs": {"data": [PAIRS]}}
+NOT_SCORED = {"sft", "ncp_sft", "dpo", "ncp_dpo", "cpo", "ncp_cpo", "spin", "spin_exact"}
+"""Algorithms that need no reward where they learn from data alone."""
+
+
+def document(name: str, **changes: Any) -> dict[str, Any]:
+    """A recipe of an algorithm, without any source."""
+    whole = {"rounds": 3, "batch": {"num_groups": 8, "group_size": 4}, "rewards": REWARDS}
+    algorithm = {"name": name, **SETTINGS[name], **changes.pop("algorithm", {})}
+    return {**whole, "algorithm": algorithm, **changes}
+
+
+def recipe(name: str, source: str | None = None, **changes: Any) -> Recipe:
+    """The same as a recipe, from the given source or the first that the algorithm can learn from."""
+    source = source or next(kind for kind, names in LEARNS_FROM.items() if name in names)
+    return parse_recipe({**document(name, **changes), **SOURCES[source]}, source="a test")
+
+
+def refusal(whole: dict[str, Any]) -> str:
+    """The one line with which a recipe is refused."""
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(whole, source="a test")
+    (_, line) = str(error.value).splitlines()
+    return line.removeprefix("  - ")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_each_algorithm_learns_from_the_sources_that_it_can_and_refuses_the_others(name: str, source: str) -> None:
+    whole = {**document(name), **SOURCES[source]}
+    if name in LEARNS_FROM[source]:
+        assert not list(problems(parse_recipe(whole, source="a test")))
+        return
+    told = {"prompts": "prompts.train", "images": "a dataset of images in data", "pairs": "a dataset of preference"}
+    assert f"algorithm {name} cannot learn from {told[source]}" in refusal(whole)
+    needed = refusal(whole).split("it needs ")[1]
+    assert all((words in needed) == (name in LEARNS_FROM[kind]) for kind, words in told.items())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_without_any_source_there_is_nothing_to_learn_from(name: str) -> None:
+    assert f"there is nothing to learn from: algorithm {name} needs " in refusal(document(name))
+
+
+def test_one_wrong_source_among_others_is_refused() -> None:
+    whole = {**document("sft"), "prompts": PROMPTS, "data": [IMAGES, PAIRS]}
+    assert parse_recipe(whole, source="a test").source_kinds == ("prompts", "images", "pairs")
+    assert "dpo cannot learn from a dataset of images" in refusal({**whole, "algorithm": {"name": "dpo", **SETTINGS["dpo"]}})
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_rewards_are_needed_where_something_is_learnt_by_them(name: str, source: str) -> None:
+    if name not in LEARNS_FROM[source]:
+        return
+    whole = {**document(name, rewards=[]), **SOURCES[source]}
+    if source != "prompts" and name in NOT_SCORED:
+        assert not needs_rewards(parse_recipe(whole, source="a test"))
+        return
+    assert needs_rewards(recipe(name, source))
+    assert refusal(whole) == f"rewards: algorithm {name} learns from rewards, so that at least one is needed."
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_who_compares_siblings_needs_two_of_them(name: str) -> None:
+    alone = {"num_groups": 8, "group_size": 1}
+    if name in ("prdp", "policy_gradient", "dpo", "cpo", "ncp_dpo", "ncp_cpo", "sharpening_rlhf"):
+        assert refusal({**document(name, batch=alone), "prompts": PROMPTS}) == (
+            f"batch.group_size: 1; {name} compares siblings and needs at least 2."
+        )
+    else:
+        assert recipe(name, batch=alone).batch.group_size == 1
+
+
+@pytest.mark.parametrize("name", ["dpo", "cpo", "ncp_dpo", "ncp_cpo"])
+def test_a_datasets_pairs_need_no_siblings(name: str) -> None:
+    assert recipe(name, "pairs", batch={"num_groups": 8, "group_size": 1}).batch.group_size == 1
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_loss_that_means_nothing_on_old_groups_limits_the_lag(name: str) -> None:
+    at_most_one = ("policy_gradient", "ddpo", "sharpening_sft", "sharpening_rlhf")
+    assert recipe(name, lag=1).lag == 1
+    if name in at_most_one:
+        assert refusal({**document(name, lag=2), "prompts": PROMPTS}) == (
+            f"lag: 2; the loss of {name} means nothing on groups that old: use at most 1."
+        )
+    else:
+        assert recipe(name, lag=2).lag == 2
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("sampler", [{"eta": 0.0}, {"num_steps": 1}], ids=str)
+def test_who_learns_from_densities_needs_a_step_that_has_one(name: str, sampler: dict[str, Any]) -> None:
+    if name in ("prdp", "policy_gradient", "ddpo", "spin_exact"):
+        source = SOURCES["images" if name == "spin_exact" else "prompts"]
+        told = refusal({**document(name, sampler=sampler), **source})
+        assert "leaves no step with a density" in told
+        assert f"{name} needs a stochastic sampler: eta above 0 and at least 2 steps" in told
+    else:
+        assert recipe(name, sampler=sampler).sampler.num_scored_steps == 0
+
+
+@pytest.mark.parametrize("name", ["spin", "spin_exact"])
+@pytest.mark.parametrize("rounds", [2, 4])
+def test_the_rounds_of_iterations_add_up_to_the_runs(name: str, rounds: int) -> None:
+    assert [iteration.rounds for iteration in recipe(name).iterations] == [1, 2]
+    told = refusal({**document(name, rounds=rounds), **SOURCES["images"]})
+    assert told == f"rounds: {rounds}, but the iterations of algorithm.iterations have 3 in all."
+
+
+@pytest.mark.parametrize("name", ["sharpening_sft", "sharpening_rlhf"])
+def test_candidates_of_one_photograph_must_differ_and_be_told_apart(name: str) -> None:
+    told = refusal({**document(name, algorithm={"select_on": "final_x0"}), **SOURCES["images"]})
+    assert told.startswith("algorithm.select_on: final_x0 gives all candidates of one dataset image the same score;")
+    for noise in ("shared", "coupled"):
+        told = refusal({**document(name, algorithm={"excursion": {"noise": noise}}), **SOURCES["images"]})
+        assert told.startswith(f"algorithm.excursion.noise: {noise}, but candidates of one dataset image differ only by")
+        assert told.endswith("use fresh.")
+    for changes in ({"select_on": "final_x0"}, {"excursion": {"noise": "shared"}}, {"excursion": {"noise": "coupled"}}):
+        assert recipe(name, "prompts", algorithm=changes).algorithm.name == name
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_perceptual_errors_are_refused_in_bf16(name: str) -> None:
+    bf16 = {"precision": "bf16"}
+    if name.startswith("ncp_"):
+        told = refusal({**document(name, learner=bf16), "prompts": PROMPTS})
+        assert told.startswith(f"learner.precision: bf16; {name} resolves differences of 1e-3 in a latent")
+        assert told.endswith("use fp32.")
+    else:
+        assert recipe(name, learner=bf16).learner.precision == "bf16"
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_only_self_play_and_excursions_sample_for_a_datasets_rows(name: str) -> None:
+    sampling = ("spin", "spin_exact", "sharpening_sft", "sharpening_rlhf")
+    found = {kind: is_sampled(recipe(name, kind), kind) for kind in SOURCES if name in LEARNS_FROM[kind]}
+    assert found == {kind: kind == "prompts" or name in sampling for kind in found}
+
+
+@pytest.mark.parametrize(
+    ("name", "odd", "usual", "told"),
+    [
+        ("cpo", {"sft_weight": 0}, {"sft_weight": 0.1}, "nothing bounds the loser's error"),
+        ("ncp_cpo", {"sft_weight": 0}, {"sft_weight": 0.1}, "nothing bounds the loser's error"),
+        ("spin_exact", {"spin_lambda": 0.49}, {"spin_lambda": 0.5}, "spin_lambda is 0.49: below 1/2 iterations diverge"),
+    ],
+)
+def test_odd_settings_of_an_algorithm_are_noted(
+    name: str, odd: dict[str, Any], usual: dict[str, Any], told: str
+) -> None:
+    (warning,) = warnings(recipe(name, algorithm=odd))
+    assert told in warning
+    assert warnings(recipe(name, algorithm=usual)) == []
+
+
+def test_selecting_among_one_is_noted() -> None:
+    (warning,) = warnings(recipe("sharpening_sft", batch={"num_groups": 8, "group_size": 1}))
+    assert "sharpening_sft is then plain regression, with nothing to select" in warning
+    assert warnings(recipe("sharpening_sft", batch={"num_groups": 8, "group_size": 2})) == []
+
+
+def test_a_warm_up_that_outlasts_an_iteration_is_noted() -> None:
+    """The shorter one has a round, of two passes of two optimizer steps."""
+    steps = {"num_updates": 2, "inner_minibatches": 2}
+    assert warnings(recipe("spin", algorithm=steps, learner={"warmup_steps": 4})) == []
+    (warning,) = warnings(recipe("spin", algorithm=steps, learner={"warmup_steps": 5}))
+    assert "learner.warmup_steps outlasts an iteration" in warning
+    assert warnings(recipe("sft", learner={"warmup_steps": 500})) == []
