@@ -24,6 +24,7 @@ from diffusion.policy import Policy
 from diffusion.weights import weights_digest
 from learner.algorithms.prdp import prdp
 from learner.two_pass import differentiate, surrogate
+from protocol.algorithms import Prdp
 from protocol.codec import decode_group, encode_group
 from protocol.groups import Group
 from protocol.paths import ROOT
@@ -114,7 +115,7 @@ def determinism() -> dict[str, float]:
 def codec() -> dict[str, float]:
     """Time to encode and decode a group of 8 Stable Diffusion 1.x trajectories over copying its bytes twice."""
     latents = np.random.default_rng(0).standard_normal((8, 51, 4, 64, 64)).astype(np.float16)
-    group = Group("000000-0000", 0, 0, "a prompt", 0, "0" * 64, "{}", "{}", "w", 0.0, 0.0, {"latents_GSCHW": latents})
+    group = _group({"latents_GSCHW": latents})
     return ratio(lambda: decode_group(encode_group(group)), lambda: latents.copy().tobytes())
 
 
@@ -155,6 +156,7 @@ class GradientProblem:
         self._loss(now_PGT)[0].backward()
 
     def _loss(self, now_PGT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert isinstance(RECIPE.algorithm, Prdp)
         return prdp(
             now_PGT,
             self._old_PGT,
@@ -198,8 +200,7 @@ def _make_prove(chain: Chain) -> Callable[[], None]:
     """Returns what takes a round's digests: of weights twice, as learner and one rollout worker do, and of each group
     twice, as made and as received."""
     drawn = chain.sample(PROMPTS[0], range(GROUP_SIZE))
-    arrays = {"latents_GSCHW": drawn.latents_GSCHW.numpy(), "log_prob_GT": drawn.log_prob_GT.numpy()}
-    group = Group("000000-0000", 0, 0, PROMPTS[0], 0, "0" * 64, "{}", "{}", "w", 0.0, 0.0, arrays)
+    group = _group({"latents_GSCHW": drawn.latents_GSCHW.numpy(), "log_prob_GT": drawn.log_prob_GT.numpy()})
     weights = chain.policy.trainable_state()
 
     def prove() -> None:
@@ -209,6 +210,10 @@ def _make_prove(chain: Chain) -> Callable[[], None]:
             group.content_checksum()
 
     return prove
+
+
+def _group(arrays: dict[str, np.ndarray]) -> Group:
+    return Group("000000-0000", 0, 0, PROMPTS[0], 0, "0" * 64, "{}", "{}", "w", 0.0, 0.0, GROUP_SIZE, arrays)
 
 
 def _with_threads(count: int, run: Callable[[], None]) -> None:

@@ -87,7 +87,7 @@ def panel(recipe: Recipe, rows: list[dict[str, Any]], status: Status) -> Group:
     table.add_row("phase", status.phase + attempt)
     table.add_row("round", f"{len(rows)} of {recipe.rounds}")
     if rows:
-        name = "reward/mean" if "reward/mean" in rows[-1] else "loss"
+        name = "reward/mean" if any("reward/mean" in row for row in rows) else "loss"
         values = [row[name] for row in rows if name in row]
         table.add_row(name.split("/")[0], f"{values[-1]:.3f}  {trend(values)}  (first {values[0]:.3f})")
         for key, words in SHARES.items():

@@ -80,7 +80,7 @@ class ImageUpdater:
         units = self._units(groups)
         probe = self._probe(units, update)
         opponent_UK = self._opponent(probe, behaviour)
-        if round_ == update == 0:
+        if round_ == 0 and not report.loss:
             self._check_start(probe)
         normaliser = max(1, round(float(self._engine.sum(torch.tensor(float(units.num_units))))))
 

@@ -32,7 +32,7 @@ def check(gap: float, limit: float, *, round_: int, workers: str) -> None:
         value=f"{gap:.3g} (latent_mean, largest of this round's probes; rollouts: {workers})",
         expected=f"at most {limit:.3g}: learner.parity_tolerance, by default a tenth of the proximal window",
         do="give rollouts and learner the same precision, device type and attention kernel; or widen "
-        "algorithm.clip_eps, or set learner.parity_tolerance if you accept the gap",
+        "the algorithm's window (clip_eps or clip_range), or set learner.parity_tolerance if you accept the gap",
     )
 
 

@@ -142,7 +142,8 @@ def draw_timestep(run_seed: int, smallest: int, num_timesteps: int, *key: int | 
 
 def uniform(run_seed: int, purpose: Purpose, *key: int | str) -> float:
     """Returns a number drawn from [0, 1) by key."""
-    drawn: float = derive_seed(run_seed, purpose, *key) / 2**SEED_BITS
+    # As many bits as a float holds: a larger number could round up to 1.
+    drawn: float = (derive_seed(run_seed, purpose, *key) >> (SEED_BITS - 53)) / 2**53
     return drawn
 
 

@@ -56,8 +56,8 @@ def sharpening_select(
     group has fewer than M states, and what stands there is ignored. final_reward_PG: rewards of the clean images
     that the candidates started from. Either is None if it was not asked, but not the one that `select_on` needs.
     A score is the sum over states (Eq. 8), their mean (released code), or the final reward. `random`, the control,
-    makes any two different siblings best and worst, by draws_P, one a group from
-    [0, 1). Raises ValueError for missing or non-finite rewards, a group without states and draws outside of that.
+    makes any two different siblings best and worst, by draws_P, one a group from [0, 1). Raises ValueError for
+    missing or non-finite rewards, a group without states and draws outside of that.
     """
     score_PG = _scores(state_reward_PGM, final_reward_PG, state_mask_PM, select_on)
     if selection == "random":
@@ -116,7 +116,7 @@ def sharpening_rlhf(
     if error_ref_P2M.shape != error_P2M.shape:
         raise ValueError(f"errors {tuple(error_P2M.shape)} and reference's {tuple(error_ref_P2M.shape)} do not fit")
     error_P2 = _mean_over_states(error_P2M, weight_PM, usable_P)
-    ref_P2 = _finite(_mean_over_states(error_ref_P2M, weight_PM, usable_P), "reference error")
+    ref_P2 = _finite(_mean_over_states(error_ref_P2M.detach(), weight_PM, usable_P), "reference error")
     reward_P2 = _finite(torch.where(usable_P[:, None], reward_P2.double(), 0.0), "reward")
     logit_P = -beta * _first_minus_second(error_P2 - ref_P2)
     gap_P = _first_minus_second(reward_P2)

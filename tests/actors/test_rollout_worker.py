@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from actors.makers import GroupMaker
 from actors.reward_actor import RewardActor
-from actors.rollout import Rollout
+from actors.rollout import Rollout, Score
 from actors.rollout_worker import RolloutWorker
 from diffusion.chain import Chain
 from diffusion.policy import Policy
@@ -75,7 +76,14 @@ def versions(policy: Policy) -> Versions:
 
 @pytest.fixture
 def rollout(policy: Policy, recipe: Recipe, versions: Versions) -> Rollout:
-    return Rollout(Chain(policy, recipe.sampler), lambda ticket: versions[ticket.weights_digest], score, "worker")
+    return make_rollout(policy, recipe, versions, score)
+
+
+def make_rollout(policy: Policy, recipe: Recipe, versions: Versions, score: Score) -> Rollout:
+    chain = Chain(policy, recipe.sampler)
+    return Rollout(
+        chain, GroupMaker(chain, recipe), lambda ticket: versions[ticket.weights_digest], score, "worker"
+    )
 
 
 @pytest.fixture
@@ -126,6 +134,46 @@ def test_a_group_has_its_siblings_latents_of_all_steps(rollout: Rollout, tickets
         "reward_brightness_G": (4,),
     }
     assert group.non_finite_field() is None
+    assert group.num_images == 4
+
+
+def out_of_bounds(*arguments: object) -> Any:
+    """What must not be asked."""
+    raise AssertionError(f"asked for {arguments}")
+
+
+@pytest.fixture
+def encoding(policy: Policy, recipe: Recipe) -> Rollout:
+    """A rollout that only encodes a dataset's images; they depend on no weights and nobody scores them."""
+    changes = {"prompts": {}, "data": [{"path": "photos"}], "rewards": [], "algorithm": {"name": "sft"}}
+    recipe = Recipe.model_validate({**recipe.model_dump(mode="json"), **changes})
+    chain, shape_CHW = Chain(policy, recipe.sampler), policy.latent_shape_CHW
+
+    def moments(ticket: Ticket) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((1, *shape_CHW), float(ticket.row)), torch.ones(1, *shape_CHW)
+
+    return Rollout(chain, GroupMaker(chain, recipe, moments), out_of_bounds, out_of_bounds, "worker")
+
+
+def test_a_group_that_is_only_encoded_needs_neither_weights_nor_scores(
+    encoding: Rollout, tickets: list[Ticket]
+) -> None:
+    for ticket in tickets:
+        group = answer(encoding, ticket)
+        assert group.weights_digest == ticket.weights_digest
+        assert {name: array.shape for name, array in group.arrays.items()} == {"real_x0_CHW": (4, 8, 8)}
+        # Five standard errors of a draw with standard deviation 1 about the row's number.
+        assert abs(group.array("real_x0_CHW").mean() - ticket.row) < 5 / 16
+        assert group.num_images == 0
+        assert group.content_checksum() == answer(encoding, ticket).content_checksum()
+
+
+def test_a_worker_delivers_groups_that_are_only_encoded(
+    encoding: Rollout, streams: Streams, recipe: Recipe, tickets: list[Ticket]
+) -> None:
+    streams.issue(tickets)
+    RolloutWorker("0", encoding, streams, recipe).run(until_idle(streams))
+    assert sorted(group.ticket_id for group in groups_in(streams)) == [ticket.ticket_id for ticket in tickets]
 
 
 def until_idle(streams: Streams) -> Callable[[], bool]:
@@ -198,12 +246,7 @@ def test_an_error_of_a_reward_reaches_whoever_runs_the_worker(
         def result(self) -> Mapping[str, np.ndarray]:
             raise RewardError("the judge has resigned")
 
-    rollout = Rollout(
-        Chain(policy, recipe.sampler),
-        lambda ticket: versions[ticket.weights_digest],
-        lambda images, prompt, ticket_id: Broken(images, 0),
-        "worker",
-    )
+    rollout = make_rollout(policy, recipe, versions, lambda images, prompt, ticket_id: Broken(images, 0))
     streams.issue(tickets[:1])
     with pytest.raises(RewardError, match="the judge has resigned"):
         RolloutWorker("0", rollout, streams, recipe).run(until_idle(streams))

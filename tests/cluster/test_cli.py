@@ -89,10 +89,14 @@ def train(*overrides: str) -> tuple[str, ...]:
         ("learner.learning_rate=-1", ["learner.learning_rate", "greater than 0"]),
         ("sampler.eta=0", ["eta 0", "stochastic sampler"]),
         ("learner.zero_stage=4", ["learner.zero_stage", "4"]),
-        ("algorithm.name=pdrp", ["algorithm.name", "'pdrp'", "'prdp'"]),
+        ("algorithm.name=pdrp", ["algorithm.name is none of prdp, policy_gradient", "Did you mean prdp?", "'pdrp'"]),
+        ("algorithm.kl_weight=0", ["algorithm.kl_weight: Input should be greater than 0"]),
+        ("algorithm={name: spin}", ["algorithm.iterations is missing"]),
+        ("data=[{path: nowhere}]", ["prdp cannot learn from a dataset of images in data; it needs prompts.train"]),
+        ("prompts={}", ["there is nothing to learn from: algorithm prdp needs prompts.train"]),
         ("redis.num_shards=3", ["num_shards"]),
         ("redis.maxmemory_bytes=1000", ["redis.maxmemory_bytes", "1000", "at least"]),
-        ("rewards=[]", ["rewards"]),
+        ("rewards=[]", ["rewards: algorithm prdp learns from rewards, so that at least one is needed"]),
         ("rewards.0.weight=0", ["every weight is 0"]),
         ("rewards.1.weight=2", ["'1' does not name an entry of a list"]),
         ("rounds.two=2", ["override rounds.two", "2"]),
@@ -172,6 +176,12 @@ def test_a_prompt_file_that_cannot_be_used_is_refused(
     if content is not None:
         (desk / "bad.txt").write_bytes(content)
     assert told in refused(*train(f"prompts.{key}=bad.txt"))
+
+
+def test_a_dataset_that_is_not_there_is_refused(refused: Refused, desk: Path) -> None:
+    message = refused(*train("algorithm={name: sft}", "data=[{path: ./nowhere}]"))
+    assert "there is no dataset here. Got: './nowhere'" in message
+    assert f"looked up from {desk}" in message
 
 
 # --- rewards --------------------------------------------------------------------------------------------

@@ -44,6 +44,15 @@ def test_rows_of_different_lengths_stand_under_each_other() -> None:
     assert picture.width == 3 * (CELL_PX + GAP_PX) + GAP_PX
 
 
+@pytest.mark.parametrize("prompt", ["a red seven", ""])
+def test_without_rewards_a_row_has_its_prompt_alone(prompt: str) -> None:
+    (_, images, rewards), _ = plain_rows(8)
+    bare, scored = (np.asarray(grid([(prompt, images, values)])) for values in (None, rewards))
+    assert np.array_equal(bare[CAPTION_PX:], scored[CAPTION_PX:])
+    assert not np.array_equal(bare[:CAPTION_PX], scored[:CAPTION_PX])
+    assert (bare[:CAPTION_PX] == 255).all() == (prompt == "")
+
+
 def test_a_grid_is_written_where_no_folder_was(tmp_path: Path) -> None:
     save_grid(plain_rows(8), tmp_path / "samples" / "round-000000.png")
     with Image.open(tmp_path / "samples" / "round-000000.png") as picture:

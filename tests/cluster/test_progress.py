@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cluster.driver import Status
-from cluster.progress import BARS, TREND_LENGTH, History, PlainLines, busy, duration, eta_s, panel, trend
+from cluster.progress import (
+    BARS,
+    TREND_LENGTH,
+    History,
+    PlainLines,
+    busy,
+    duration,
+    eta_s,
+    panel,
+    round_line,
+    trend,
+)
 from protocol.recipe import Recipe
 
 RECIPE = Recipe.model_validate(
@@ -103,6 +114,36 @@ def test_a_resumed_run_tells_only_what_is_new(tmp_path: Path, capsys: pytest.Cap
         lines.show(Status(phase=""))
     told = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
     assert told == ["round 3/10", "round 4/10"]
+
+
+def told_of(*rows: dict[str, Any]) -> tuple[str, str]:
+    """The line of the last row, and the live display."""
+    status, console = Status(phase="training", progress=BUSY), Console(file=io.StringIO(), width=100)
+    console.print(panel(RECIPE, list(rows), status))
+    return round_line(RECIPE, list(rows), status), console.file.getvalue()
+
+
+def without(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in names}
+
+
+def test_a_run_without_rewards_or_a_window_shows_its_loss_alone() -> None:
+    for told in told_of(*(without(row(round_), "reward/mean", "clip_fraction") for round_ in range(3))):
+        assert "loss" in told
+        assert "reward" not in told
+        assert "clip" not in told
+
+
+def test_the_share_of_pairs_won_is_shown_where_there_are_pairs() -> None:
+    for told in told_of({**row(0), "pairs/accuracy": 0.75}):
+        assert "pairs won" in told
+        assert "0.75" in told
+
+
+def test_a_round_that_happened_to_have_nothing_scored_does_not_take_the_reward_off_the_display() -> None:
+    line, shown = told_of(row(0), row(7), without(row(2), "reward/mean"))
+    assert "reward" not in line
+    assert "reward 7.000" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 10])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from actors.makers import GroupMaker
 from actors.rollout import Rollout
 from cluster.cli import run_command_line
 from cluster.replay import make_score, replay
@@ -27,7 +28,7 @@ from learner.receipts import receipt_of
 from protocol.errors import VerifyError
 from protocol.recipe import Recipe
 from protocol.recipe_file import dump_recipe, parse_recipe
-from protocol.tickets import TicketPlan
+from protocol.tickets import Source, TicketPlan
 from tests.models import make_tiny_model
 
 ROUNDS, GROUPS = 3, 3
@@ -65,9 +66,9 @@ def make_run(folder: Path, recipe: Recipe) -> None:
     first = {name: tensor.clone() for name, tensor in policy.trainable_state().items()}
     states = [{name: tensor + 0.1 * version for name, tensor in first.items()} for version in range(ROUNDS + 1)]
     digests = [weights_digest(state) for state in states]
-    plan = TicketPlan(recipe.seed, PROMPTS, GROUPS, recipe.batch.group_size, recipe.lag)
+    plan = TicketPlan(recipe.seed, (Source.of_prompts(PROMPTS),), GROUPS, recipe.batch.group_size, recipe.lag)
     chain, score = Chain(policy, recipe.sampler), make_score(recipe.rewards)
-    rollout = Rollout(chain, lambda ticket: pack(states[ticket.version]), score, "0")
+    rollout = Rollout(chain, GroupMaker(chain, recipe), lambda ticket: pack(states[ticket.version]), score, "0")
     (folder / "run.json").write_text(json.dumps({"run_id": "abc", "attempt": 0, "started": 0.0}))
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
@@ -80,7 +81,7 @@ def make_run(folder: Path, recipe: Recipe) -> None:
             with (folder / f"{name}.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
     for version in (1, 3):
-        meta = Meta(version, version, 0, 1, 0, "fp32", {str(version): digests[version]})
+        meta = Meta(version, version, 0, 1, 0, "fp32", {str(version): digests[version]}, {})
         commit(begin(folder, version), meta, {version: pack(states[version])}, keep_last=2)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from learner.checkpoint import Meta, begin, commit
 from learner.collect import Counts
 from learner.journal import ledger_row
 from learner.receipts import Receipt
+from protocol.datasets import Item, Manifest, Skipped
 from protocol.errors import RunDirError, VerifyError
+from protocol.paths import manifest_path
 from protocol.recipe_file import dump_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -52,9 +54,9 @@ def digest(version: int) -> str:
     return weights_digest(weights(version))
 
 
-def row(round_: int) -> dict[str, Any]:
-    """A line of the ledger, made by the learner's own function."""
-    version = max(0, round_ - LAG)
+def row(round_: int, version: int | None = None) -> dict[str, Any]:
+    """A line of the ledger, made by the learner's own function; sampled with the version of the lag by default."""
+    version = max(0, round_ - LAG) if version is None else version
     receipts = [
         Receipt(
             ticket_id=f"{round_:06d}-{index:04d}",
@@ -65,6 +67,7 @@ def row(round_: int) -> dict[str, Any]:
             fingerprint=f'{{"device":"cpu","threads":{index % 2 + 1}}}',
             rollout_s=0.1,
             reward_s=0.1,
+            num_images=2,
             rewards={"mean": (1.0, 2.0)},
         )
         for index in range(GROUPS)
@@ -76,9 +79,9 @@ def write_rows(file: Path, rows: Rows) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_checkpoint(run: Path, round_: int) -> None:
-    versions = range(max(0, round_ - LAG), round_ + 1)
-    meta = Meta(round_, round_, 0, 2, 0, "fp32", {str(version): digest(version) for version in versions})
+def write_checkpoint(run: Path, round_: int, versions: Sequence[int] = ()) -> None:
+    versions = versions or range(max(0, round_ - LAG), round_ + 1)
+    meta = Meta(round_, round_, 0, 2, 0, "fp32", {str(version): digest(version) for version in versions}, {})
     commit(begin(run, round_), meta, {version: pack(weights(version)) for version in versions}, keep_last=2)
 
 
@@ -86,15 +89,20 @@ def write_checkpoint(run: Path, round_: int) -> None:
 def run(tmp_path: Path) -> Path:
     """A finished run of four rounds at lag 1, with checkpoints of rounds 2 and 4."""
     folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({"run_id": "abc", "attempt": 0, "started": 0.0}))
-    (folder / "recipe.yaml").write_text(dump_recipe(parse_recipe(RECIPE, source="test")))
+    begin_run(folder, RECIPE)
     (folder / "prompts.txt").write_text("a red seven\na blue one\na green two\n")
     write_rows(folder / "ledger.jsonl", [row(round_) for round_ in range(ROUNDS)])
-    write_rows(folder / "metrics.jsonl", [{"round": r, "loss": float("nan")} for r in range(ROUNDS)])
     write_checkpoint(folder, 2)
     write_checkpoint(folder, 4)
     return folder
+
+
+def begin_run(folder: Path, recipe: dict[str, Any]) -> None:
+    """Makes a run directory with metrics of all rounds."""
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"run_id": "abc", "attempt": 0, "started": 0.0}))
+    (folder / "recipe.yaml").write_text(dump_recipe(parse_recipe(recipe, source="test")))
+    write_rows(folder / "metrics.jsonl", [{"round": r, "loss": float("nan")} for r in range(ROUNDS)])
 
 
 def violations(run: Path) -> list[str]:
@@ -306,6 +314,39 @@ def test_all_violations_are_listed_at_once(run: Path) -> None:
         *("ledger, round 0", "ledger, round 2", "ledger, round 2", "metrics.jsonl"),
         "round-000004/versions/000003.safetensors",
     ]
+
+
+@pytest.fixture
+def self_play(tmp_path: Path) -> Path:
+    """A finished run of two iterations, of two rounds each, on a dataset of two usable rows."""
+    folder = tmp_path / "self-play"
+    iterations = [{"rounds": 2, "beta_half": 1.0}, {"rounds": 2, "beta_half": 2.0}]
+    changes = {"prompts": {}, "rewards": [], "data": [{"path": "photos"}]}
+    begin_run(folder, {**RECIPE, **changes, "algorithm": {"name": "spin", "iterations": iterations}})
+    items = (Item(0, "a red seven", ("3b1f",)), Item(2, "a blue one", ("c07a",)))
+    Manifest(items, (Skipped(1, "no_caption", ""),)).write(manifest_path(folder, 0))
+    write_rows(folder / "ledger.jsonl", [row(round_, version) for round_, version in enumerate((0, 0, 2, 2))])
+    write_checkpoint(folder, 2, versions=[2])
+    write_checkpoint(folder, 4, versions=[2, 4])
+    return folder
+
+
+def test_a_run_of_self_play_verifies_with_the_opponents_of_its_iterations(self_play: Path) -> None:
+    told = summary(verify_record(self_play))
+    assert told["rounds"].startswith("4 of 4")
+    assert told["checkpoints"] == "round-000002 (versions 2), round-000004 (versions 2, 4)"
+
+
+def test_a_round_of_self_play_that_was_sampled_with_the_newest_weights_is_found(self_play: Path) -> None:
+    change(self_play / "ledger.jsonl", lambda rows: rows[3].update(version=3, digest=digest(3)))
+    (line,) = violations(self_play)
+    assert line.startswith("ledger, round 3: version. Got: 3. Expected: 2")
+
+
+def test_a_checkpoint_of_self_play_without_its_opponent_is_found(self_play: Path) -> None:
+    meta = self_play / "checkpoints" / "round-000004" / "meta.json"
+    meta.write_text(meta.read_text().replace('"2": ', '"3": '))
+    assert violations(self_play)[0].startswith("checkpoint of round 4: digest of version 2. Got: None")
 
 
 def test_another_number_of_ranks_is_a_note_and_no_violation(run: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.noise import initial_noise, step_noise
-from protocol.tickets import TicketPlan
+from protocol.tickets import Source, TicketPlan
 
 SHAPE = (4, 3, 2)
 seeds = st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=6)
@@ -63,7 +63,8 @@ def test_noise_is_standard_normal() -> None:
 
 def test_the_noise_of_a_ticket_is_the_same_whatever_else_is_in_its_round() -> None:
     """Moving a ticket between ranks or actors moves nothing in it: its seeds come from its own name."""
-    small, large = (TicketPlan(7, ("a", "b"), num_groups=n, group_size=4, lag=0) for n in (2, 64))
+    prompts = (Source.of_prompts(("a", "b")),)
+    small, large = (TicketPlan(7, prompts, num_groups=n, group_size=4, lag=0) for n in (2, 64))
     for index in range(2):
         ours, theirs = (plan.ticket(0, index, "0" * 64).seeds_G for plan in (small, large))
         assert torch.equal(step_noise(ours, 1, SHAPE), step_noise(theirs, 1, SHAPE))

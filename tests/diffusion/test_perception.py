@@ -173,6 +173,13 @@ def test_at_timestep_0_every_estimate_has_error_0_and_gradient_0(norm: Norm) -> 
     assert problem.gradient(curved, norm).flatten(1).abs().sum(1).gt(0).tolist() == [False, True, False]
 
 
+def test_a_dead_item_has_error_0_though_kernels_with_and_without_a_graph_round_differently() -> None:
+    def encode(state: Tensor, timestep: Tensor, embedding: Tensor) -> list[Tensor]:
+        return [state + 1e-6 * torch.is_grad_enabled()]
+
+    assert (make_problem([0, 400]).error(encode, "k2") > 0).tolist() == [False, True]
+
+
 def test_uniform_input_is_the_predicted_image_renoised_with_the_predicted_noise() -> None:
     """N10."""
     now, fresh = torch.tensor([1, 300, 700, 999]), torch.tensor([999, 301, 20, 0])

@@ -14,7 +14,7 @@ import torch
 
 from actors.makers import GroupMaker
 from actors.real import open_real_images
-from actors.rollout import Rollout
+from actors.rollout import PendingScores, Rollout
 from cluster.sources import prepare_sources, read_plan
 from diffusion.chain import Chain
 from diffusion.policy import Policy
@@ -54,6 +54,7 @@ class Brightness:
         return named_scores({"brightness": self._score_G}, {"brightness": 1.0})
 
 
+Scores = Callable[[np.ndarray], PendingScores]
 Deliver = Callable[[Streams, Claim, Group], None]
 
 
@@ -66,10 +67,13 @@ def deliver_well(streams: Streams, claim: Claim, group: Group) -> None:
 class Run:
     """A recipe trained in this process; `groups` are those that were delivered."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path, open_streams: Callable[[], Streams]) -> None:
+    def __init__(
+        self, recipe: Recipe, run_dir: Path, open_streams: Callable[[], Streams], scores: Scores = Brightness
+    ) -> None:
         run_dir.mkdir(exist_ok=True)
         prepare_sources(recipe, run_dir, lambda words: None)
         self.recipe, self.run_dir, self.groups = recipe, run_dir, list[Group]()
+        self._scores = scores
         self.plan = read_plan(recipe, run_dir)
         self._store, self._open_streams = MemoryStore(), open_streams
         self._stop = threading.Event()
@@ -80,7 +84,7 @@ class Run:
         policy = Policy.from_recipe(self.recipe)
         chain = Chain(policy, self.recipe.sampler)
         maker = GroupMaker(chain, self.recipe, open_real_images(self.recipe, self.run_dir, policy))
-        rollout = Rollout(chain, maker, self._fetch, lambda images, *_: Brightness(images), "w")
+        rollout = Rollout(chain, maker, self._fetch, lambda images, *_: self._scores(images), "w")
         streams = self._open_streams()
         streams.open()
         rank = LearnerRank(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from learner.collect import Counts
+from learner.descent import Step
 from learner.journal import Journal, ledger_row, metrics_row
-from learner.receipts import Receipt
+from learner.receipts import Receipt, receipt_of
 from learner.update import UpdateReport
+from protocol.groups import Group
 
 FILES = ("metrics.jsonl", "ledger.jsonl")
 
@@ -67,6 +72,7 @@ def receipt(index: int, *, worker: str = "0@host", version: int = 2, device: str
         fingerprint=json.dumps({"device": device}),
         rollout_s=0.5,
         reward_s=0.1,
+        num_images=2,
         rewards={"mean": rewards, "sharp": tuple(reward / 2 for reward in rewards)},
     )
 
@@ -90,13 +96,21 @@ def test_a_round_of_two_versions_is_a_defect_of_ours() -> None:
 
 
 def metrics(**changes: Any) -> dict[str, Any]:
-    details = [{"prdp/saturated_fraction": 0.0}, {"prdp/saturated_fraction": 0.5}]
+    details = [{"clip_fraction": 0.0, "pairs/accuracy": 1.0}, {"clip_fraction": 0.5, "pairs/accuracy": 0.5}]
     settings: dict[str, Any] = {
         "round_": 3,
         "step": 8,
         "on_policy": True,
         "receipts": [receipt(0), receipt(1)],
-        "report": UpdateReport(0.25, 1e-7, False, loss=[1.0, 3.0], grad_norm=[0.5, 1.5], details=details),
+        "report": UpdateReport(
+            kl=0.25,
+            parity_max_abs=1e-7,
+            recomputed=False,
+            loss=[1.0, 3.0],
+            grad_norm=[0.5, 1.5],
+            learning_rate=[1e-3, 2e-3],
+            details=details,
+        ),
         "counts": Counts(duplicate=1, reissued=2, dead_letter=3, stale=4),
         "skipped_updates": 0,
         "times": {"learner_s": 2.0},
@@ -107,7 +121,8 @@ def metrics(**changes: Any) -> dict[str, Any]:
 
 def test_means_are_over_optimizer_steps_and_over_all_images() -> None:
     row = metrics()
-    assert (row["loss"], row["grad_norm"], row["clip_fraction"]) == (2.0, 1.0, 0.25)
+    assert (row["loss"], row["grad_norm"], row["learning_rate"]) == (2.0, 1.0, 1.5e-3)
+    assert (row["clip_fraction"], row["pairs/accuracy"]) == (0.25, 0.75)
     # Rewards of the groups: (0, 1) and (1, 3).
     assert row["reward/mean"] == 1.25
     assert row["reward/sharp"] == 0.625
@@ -115,6 +130,70 @@ def test_means_are_over_optimizer_steps_and_over_all_images() -> None:
     assert row["reward/std_between_groups"] == 0.75
     assert [row[f"groups/{name}"] for name in ("duplicate", "reissued", "dead_letter", "stale")] == [1, 2, 3, 4]
     assert (row["time/learner_s"], row["cost/unet_forward"], row["parity/max_abs"]) == (2.0, 7, 1e-7)
+
+
+def test_what_is_averaged_is_also_listed_step_by_step() -> None:
+    row = metrics()
+    assert row["updates"] == {
+        "loss": [1.0, 3.0],
+        "grad_norm": [0.5, 1.5],
+        "learning_rate": [1e-3, 2e-3],
+        "clip_fraction": [0.0, 0.5],
+        "pairs/accuracy": [1.0, 0.5],
+    }
+    assert all(row[name] == pytest.approx(sum(values) / 2) for name, values in row["updates"].items())
+
+
+def unscored(index: int) -> Receipt:
+    """The receipt of a group that was only encoded."""
+    return dataclasses.replace(receipt(index), num_images=0, rewards={})
+
+
+def test_a_round_of_which_nothing_was_scored_has_no_rewards_and_no_numbers_that_are_none() -> None:
+    row = metrics(receipts=[unscored(0), unscored(1)])
+    assert not [name for name in row if name.startswith("reward/")]
+    json.dumps(row, allow_nan=False)
+
+
+def test_of_a_mixture_with_data_rewards_are_those_of_the_groups_that_were_scored() -> None:
+    mixed = metrics(receipts=[unscored(0), receipt(1), unscored(2), receipt(3)])
+    alone = metrics(receipts=[receipt(1), receipt(3)])
+    assert {name for name in mixed if name.startswith("reward/")} == {
+        *("reward/mean", "reward/sharp", "reward/std_within_group", "reward/std_between_groups")
+    }
+    assert mixed == alone
+
+
+def test_a_method_without_log_probabilities_has_neither_kl_nor_parity() -> None:
+    report = UpdateReport(loss=[1.0], grad_norm=[0.5], learning_rate=[1e-3], details=[{"error/mean": 0.25}])
+    row = json.loads(json.dumps(metrics(report=report), allow_nan=False))
+    names = ("kl", "kl_off_policy", "parity/max_abs", "parity/recomputed")
+    assert {name: row[name] for name in names} == dict.fromkeys(names)
+    assert row["error/mean"] == 0.25
+
+
+def test_a_step_that_nobody_had_a_gradient_for_is_counted_and_has_norm_0() -> None:
+    report = UpdateReport()
+    report.add(Step(loss=1.0, grad_norm=None, means={}), 1e-3, {"pairs/tied": 1.0})
+    report.add(Step(loss=3.0, grad_norm=0.5, means={}), 2e-3, {"pairs/tied": 0.5})
+    assert report.skipped == 1
+    row = metrics(report=report, skipped_updates=report.skipped)
+    assert (row["loss"], row["grad_norm"], row["skipped_updates"], row["pairs/tied"]) == (2.0, 0.25, 1, 0.75)
+
+
+def test_a_groups_receipt_says_what_was_scored_of_it(make_group: Callable[..., Group]) -> None:
+    group = make_group()
+    arrays = {**group.arrays, "reward_digit_alignment_G": np.array([0.5, 1, 2, 4], np.float32)}
+    scored = dataclasses.replace(group, arrays=arrays, num_images=12)
+    receipt = receipt_of(scored)
+    assert receipt.rewards == {
+        "digit_alignment": (0.5, 1.0, 2.0, 4.0),
+        "mean": tuple(group.array("reward_G").tolist()),
+    }
+    assert (receipt.ticket_id, receipt.checksum) == (group.ticket_id, scored.content_checksum())
+    assert receipt.num_images == 12
+    encoded = dataclasses.replace(group, arrays={"real_x0_CHW": group.array("latents_GSCHW")[0, 0]})
+    assert receipt_of(encoded).rewards == {}
 
 
 def test_an_estimate_of_the_kl_is_called_one_only_on_policy() -> None:

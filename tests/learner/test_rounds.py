@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from actors.makers import GroupMaker
 from actors.rollout import Rollout
 from cluster.redis_server import RedisServer, free_port
 from diffusion.chain import Chain
@@ -25,7 +26,7 @@ from learner.train import LearnerRank
 from protocol.groups import Group
 from protocol.recipe import Recipe
 from protocol.stream import Claim, Streams
-from protocol.tickets import TicketPlan
+from protocol.tickets import Source, TicketPlan
 
 ROUNDS = 5
 PROMPTS = ("a red seven", "a blue one", "a green two")
@@ -88,7 +89,11 @@ class Worker:
         policy = Policy.from_recipe(recipe)
         chain = Chain(policy, recipe.sampler)
         self._rollout = Rollout(
-            chain, lambda ticket: store.fetch(ticket.weights_digest), lambda images, *_: Brightness(images), "w"
+            chain,
+            GroupMaker(chain, recipe),
+            lambda ticket: store.fetch(ticket.weights_digest),
+            lambda images, *_: Brightness(images),
+            "w",
         )
         self._streams, self._deliver, self._hold = streams, deliver, hold
         self._claim_idle_s = recipe.redis.claim_idle_s
@@ -158,7 +163,8 @@ def train(tiny_model: str, redis_server: RedisServer, open_streams: Any, tmp_pat
         run_dir = tmp_path / f"{type(deliver).__name__}-{hold}"
         run_dir.mkdir()
         run_id = os.urandom(4).hex()
-        plan = TicketPlan(recipe.seed, PROMPTS, recipe.batch.num_groups, recipe.batch.group_size, lag)
+        prompts, batch = (Source.of_prompts(PROMPTS),), recipe.batch
+        plan = TicketPlan(recipe.seed, prompts, batch.num_groups, batch.group_size, lag)
         streams = [open_streams(redis_server, run_id=run_id, num_shards=1) for _ in range(2)]
         rank = LearnerRank(recipe, plan, run_dir, streams[0], store, torch.device("cpu"))
         worker, stop = Worker(recipe, store, streams[1], deliver, hold), threading.Event()

@@ -343,6 +343,17 @@ def test_outside_the_margin_moves_the_loss_and_not_the_gradient() -> None:
     assert torch.equal(outside.gradient, none.gradient)
 
 
+def test_no_gradient_reaches_the_reference() -> None:
+    """Errors of both may come from one array, as where a rank evaluates them together."""
+    duel = random_duel()
+    error_P4M = torch.cat([duel.error_P2M, duel.error_ref_P2M], dim=1).requires_grad_()
+    frozen = (duel.weight_PM, duel.reward_P2, duel.usable_P)
+    loss, _ = sharpening_rlhf(*error_P4M.split(2, dim=1), *frozen, beta=1.3, margin="none", normaliser=3)
+    loss.backward()
+    assert torch.equal(error_P4M.grad[:, :2], rlhf(duel).gradient)
+    assert error_P4M.grad[:, 2:].eq(0).all()
+
+
 @pytest.mark.parametrize("margin", ["none", "inside", "outside"])
 def test_a_shift_of_rewards_changes_nothing(margin: str) -> None:
     """D6."""
