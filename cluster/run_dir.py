@@ -4,6 +4,7 @@ recipe.yaml  run.json                   what the run is
 prompts.txt  data-*.jsonl               what its tickets start from (cluster/sources.py)
 metrics.jsonl  ledger.jsonl             a line a round
 checkpoints/  samples/  export/         state, pictures, and weights for other tools
+learners/<name>/                        the same of each follower
 .lock                                   held while a driver lives
 .rollouts                               how many rollout actors `sfumato scale` asked for
 """
@@ -31,6 +32,11 @@ SCALE_FILE = ".rollouts"
 RAY_SESSION = re.compile(r"/ray/session_[^/]+(/|$)")
 
 
+def follower_dir(run_dir: Path, name: str) -> Path:
+    """Returns where a follower's files are: a run directory as `sfumato evaluate`, `sample` and `digest` take it."""
+    return run_dir / "learners" / name
+
+
 class RunDir:
     """A run directory that this process alone writes to, until `release`."""
 
@@ -54,6 +60,11 @@ class RunDir:
         self.next_attempt()
         (self.path / SCALE_FILE).unlink(missing_ok=True)
         _write(self.path / "recipe.yaml", dump_recipe(_without_password(recipe)))
+        for follower in recipe.followers:
+            folder = follower_dir(self.path, follower.name)
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.path / "run.json", folder / "run.json")
+            _write(folder / "recipe.yaml", dump_recipe(_without_password(recipe.of_follower(follower.name))))
 
     def wanted_rollouts(self) -> int | None:
         """Returns how many rollout actors `sfumato scale` has asked this driver for, if it has."""
@@ -156,6 +167,7 @@ def _clear_false_start(path: Path) -> None:
     for name in ("run.json", "recipe.yaml", "prompts.txt", "redis.log", *(file.name for file in path.glob("data-*"))):
         (path / name).unlink(missing_ok=True)
     shutil.rmtree(path / "samples", ignore_errors=True)
+    shutil.rmtree(path / "learners", ignore_errors=True)
 
 
 def _refuse_other_recipe(path: Path, recipe: Recipe) -> None:

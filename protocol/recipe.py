@@ -6,12 +6,13 @@ paper publishes stands in `recipes/`. Derived numbers are properties here or in 
 
 from __future__ import annotations
 
+from math import lcm
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from protocol import requirements
-from protocol.algorithms import Algorithm, Iteration, SourceKind, Spin, SpinExact
+from protocol.algorithms import Algorithm, Content, Iteration, SourceKind, Spin, SpinExact
 from protocol.datasets import Dataset
 from protocol.section import Decay, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
@@ -51,14 +52,16 @@ def _training_form(value: Any) -> Any:
     return value.get("form", "lora") if isinstance(value, dict) else getattr(value, "form", None)
 
 
+Trainable = Annotated[Annotated[Lora, Tag("lora")] | Annotated[Full, Tag("full")], Discriminator(_training_form)]
+"""What may be trained of a base model."""
+
+
 class Model(Section):
     """The base model and what of it is trained."""
 
     path: str = "embedded"
     """A folder in diffusers layout, a hub id, or `embedded` for the digits model in assets/."""
-    trainable: Annotated[Annotated[Lora, Tag("lora")] | Annotated[Full, Tag("full")], Discriminator(_training_form)] = (
-        Lora()
-    )
+    trainable: Trainable = Lora()
     """LoRA adapters or the full U-Net."""
 
 
@@ -213,6 +216,20 @@ class Learner(Placement):
         return self
 
 
+class Follower(Section):
+    """One more learner on the same groups, with an algorithm and an adapter of its own. Rollouts sample with the first
+    learner's weights, so what it learns from is off-policy."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")]
+    """Its name: its files are in learners/<name>/ in the run directory."""
+    algorithm: Algorithm
+    """Its update; one that needs samples of its own weights is refused."""
+    learner: Learner = Learner()
+    """Its DeepSpeed gang."""
+    trainable: Trainable = Lora()
+    """What it trains of the base model."""
+
+
 class Redis(Section):
     """The trajectory buffer. It is disposable: whatever is lost in it is made again."""
 
@@ -297,6 +314,10 @@ class Recipe(Section):
     """The update."""
     learner: Learner = Learner()
     """The learner."""
+    followers: tuple[Follower, ...] = ()
+    """More learners on the same groups, to compare methods at the price of one sampling."""
+    behaviour: Literal["learner", "base"] = "learner"
+    """Whose weights sample: the learner's newest, `lag` versions behind, or the base model's for ever."""
     rollout_worker: Placement = Placement()
     """What each rollout actor reserves."""
     redis: Redis = Redis()
@@ -322,18 +343,19 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _rounds_divide_evenly(self) -> Self:
-        parts = self.learner.world_size * self.algorithm.inner_minibatches
-        if self.batch.num_groups % parts:
-            raise ValueError(
-                f"batch.num_groups: {self.batch.num_groups} groups do not divide evenly into learner.world_size "
-                f"x algorithm.inner_minibatches = {self.learner.world_size} x "
-                f"{self.algorithm.inner_minibatches} parts; use a multiple of {parts}"
-            )
-        if self.num_shards % self.learner.world_size:
-            raise ValueError(
-                f"redis.num_shards: {self.num_shards} is not a multiple of learner.world_size "
-                f"{self.learner.world_size}, so a rank could not tell which shards are its own"
-            )
+        for learner, algorithm in zip(self.learners, self.algorithms, strict=True):
+            parts = learner.world_size * algorithm.inner_minibatches
+            if self.batch.num_groups % parts:
+                raise ValueError(
+                    f"batch.num_groups: {self.batch.num_groups} groups do not divide evenly into learner.world_size "
+                    f"x algorithm.inner_minibatches = {learner.world_size} x {algorithm.inner_minibatches} parts; "
+                    f"use a multiple of {parts}"
+                )
+            if self.num_shards % learner.world_size:
+                raise ValueError(
+                    f"redis.num_shards: {self.num_shards} is not a multiple of learner.world_size "
+                    f"{learner.world_size}, so a rank could not tell which shards are its own"
+                )
         return self
 
     @model_validator(mode="after")
@@ -355,8 +377,36 @@ class Recipe(Section):
 
     @property
     def num_shards(self) -> int:
-        """Group streams."""
-        return self.redis.num_shards or self.learner.world_size
+        """Group streams: each learner's ranks share them out evenly."""
+        return self.redis.num_shards or lcm(*(learner.world_size for learner in self.learners))
+
+    @property
+    def learners(self) -> tuple[Learner, ...]:
+        """The gangs: the first learner's, then the followers'."""
+        return (self.learner, *(follower.learner for follower in self.followers))
+
+    @property
+    def algorithms(self) -> tuple[Algorithm, ...]:
+        """All algorithms that learn from the groups."""
+        return (self.algorithm, *(follower.algorithm for follower in self.followers))
+
+    @property
+    def content(self) -> Content:
+        """What sampled groups carry: whole trajectories, whose ends are images, if one algorithm needs them."""
+        contents = [algorithm.content for algorithm in self.algorithms]
+        return "trajectories" if "trajectories" in contents else contents[0]
+
+    def of_follower(self, name: str) -> Recipe:
+        """Returns the recipe as a follower has it: its algorithm, its gang, its adapter."""
+        follower = next(follower for follower in self.followers if follower.name == name)
+        changes = {
+            "algorithm": follower.algorithm,
+            "learner": follower.learner,
+            "model": self.model.model_copy(update={"trainable": follower.trainable}),
+            "redis": self.redis.model_copy(update={"num_shards": self.num_shards}),
+            "followers": (),
+        }
+        return self.model_copy(update=changes)
 
     def identity(self) -> dict[str, Any]:
         """The part of the recipe that weights depend on: what a resumed run may not change.
