@@ -21,7 +21,8 @@ from cluster.scoring import RewardPool, Scorer
 from cluster.weight_store import StoreClient, WeightStore
 from learner.company import Company
 from protocol.errors import RecipeError, RedisError
-from protocol.recipe import Learner, Placement, Recipe, Reward
+from protocol.recipe import Recipe
+from protocol.roles import Learner, Placement, Reward
 from protocol.stream import Streams, connect
 from protocol.tickets import Ticket, TicketPlan
 

@@ -24,8 +24,9 @@ from typing import Any
 import yaml
 
 from protocol.errors import RecipeError, RunDirError
-from protocol.recipe import LAYOUT, Recipe
+from protocol.recipe import Recipe
 from protocol.recipe_file import dump_recipe, parse_recipe
+from protocol.roles import LAYOUT
 from protocol.stream import redacted_url
 
 SCALE_FILE = ".rollouts"
@@ -35,6 +36,13 @@ RAY_SESSION = re.compile(r"/ray/session_[^/]+(/|$)")
 def follower_dir(run_dir: Path, name: str) -> Path:
     """Returns where a follower's files are: a run directory as `sfumato evaluate`, `sample` and `digest` take it."""
     return run_dir / "learners" / name
+
+
+def home_of(run_dir: Path) -> Path:
+    """Returns the run that a follower's directory belongs to; of any other the directory itself."""
+    home = run_dir.absolute().parent.parent
+    follows = run_dir.absolute().parent.name == "learners" and (home / "run.json").is_file()
+    return home if follows else run_dir
 
 
 class RunDir:
