@@ -57,7 +57,7 @@ class Collector:
         reader: GroupReader,
         *,
         sampler: str,
-        issues: bool,
+        issues: bool = True,
         reissue_after_s: float,
         give_up_after_s: float,
         while_waiting: Callable[[], None],
