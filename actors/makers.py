@@ -65,7 +65,7 @@ class GroupMaker:
         real = self._real(ticket) if self._recipe.source_kinds[ticket.source] != "prompts" else {}
         if not self.is_sampled(ticket):
             return Made(real, None, None, 0)
-        if self._recipe.algorithm.content == "excursions":
+        if self._recipe.content == "excursions":
             return self._excursion(ticket, real, after_step)
         return self._samples(ticket, real, after_step)
 
@@ -75,7 +75,7 @@ class GroupMaker:
         images = None
         if self._recipe.rewards or reencodes:
             images = self._chain.policy.decode(drawn.latents_GSCHW[:, -1].float())
-        if self._recipe.algorithm.content == "trajectories":
+        if self._recipe.content == "trajectories":
             arrays = {
                 "latents_GSCHW": drawn.latents_GSCHW.numpy(),
                 "log_prob_GT": drawn.log_prob_GT.numpy(),

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,8 +18,9 @@ from cluster.grids import save_grid, side_by_side
 from cluster.launch import Endpoint
 from cluster.pulse import Pulse, Services
 from cluster.redis_server import RedisKeeper
-from cluster.run_dir import RunDir
-from learner.checkpoint import latest_checkpoint
+from cluster.run_dir import RunDir, follower_dir
+from learner.checkpoint import drop_newer, latest_checkpoint, newest_common
+from learner.company import Company, role_of
 from protocol.derived import image_size
 from protocol.errors import RedisError, SfumatoError, TrainingError
 from protocol.paths import model_source, read_prompts, spread
@@ -45,6 +47,15 @@ class Status:
 Show = Callable[[Status], None]
 
 
+@dataclass(frozen=True)
+class Gang:
+    """One learner's ranks: its name, None for the first, its own recipe, and where its files are."""
+
+    name: str | None
+    recipe: Recipe
+    run_dir: Path
+
+
 class LearnerLostError(Exception):
     """The gang died or stalled: not an error of ours, so the next attempt may do better."""
 
@@ -60,7 +71,7 @@ class Attempt:
         self._crew = Crew(self._start_rollout)
         self._num_lost: Counter[str] = Counter()
         self._actors: list[Any] = []
-        self._group: Any = None
+        self._groups: list[Any] = []
         self._pulse = Pulse()
 
     def run(self, redis: RedisKeeper) -> None:
@@ -74,7 +85,7 @@ class Attempt:
             self._crew.stop()
             self._draw_grid(self._recipe.rounds)
         finally:
-            launch.stop_actors([*self._actors, *self._crew.actors], self._group)
+            launch.stop_actors([*self._actors, *self._crew.actors], self._groups)
             with suppress(RedisError):  # Left behind, the keys are deleted by the next attempt.
                 self._streams.delete_attempt()
 
@@ -84,24 +95,57 @@ class Attempt:
         self._tell("starting actors")
         self._store = launch.start_store(recipe)
         self._pools = launch.start_rewards(recipe)
-        ranks, self._group = launch.start_learners(recipe)
+        gangs = [self._hire(gang) for gang in self._gangs()]
+        ranks = [rank for _, gang in gangs for rank in gang]
         services = {f"reward/{p.settings.label}/{n}": actor for p in self._pools for n, actor in enumerate(p.actors)}
         self._services = Services({"weight store": self._store, **services})
-        self._ranks = [f"learner/{rank}" for rank in range(len(ranks))]
+        self._ranks = [role_of(gang.name, number) for gang, ranks_ in gangs for number in range(len(ranks_))]
         self._actors = [self._store, *ranks, *services.values()]
         built = self._crew.hire(self._run_dir.wanted_rollouts() or recipe.rollouts)
-        self._wait_until_built([*built, *self._join(ranks)])
+        resume_round = self._resume_round()
+        joined = [ref for gang, own in gangs for ref in self._join(gang, own, resume_round)]
+        self._wait_until_built([*built, *joined])
         if not (self._run_dir.path / "samples" / "round-000000.png").exists():
             self._draw_grid(0)
         self._crew.run()
         self._tell("training")
         return [rank.train.remote() for rank in ranks]
 
-    def _join(self, ranks: list[Any]) -> list[Any]:
+    def _gangs(self) -> list[Gang]:
+        recipe, path = self._recipe, self._run_dir.path
+        followers = [
+            Gang(follower.name, recipe.of_follower(follower.name), follower_dir(path, follower.name))
+            for follower in recipe.followers
+        ]
+        return [Gang(None, recipe, path), *followers]
+
+    def _hire(self, gang: Gang) -> tuple[Gang, list[Any]]:
+        ranks, group = launch.start_learners(gang.recipe.learner)
+        self._groups.append(group)
+        return gang, ranks
+
+    def _resume_round(self) -> int:
+        """Returns the newest round that all learners can go on from, having deleted what is newer."""
+        folders = [gang.run_dir for gang in self._gangs()]
+        round_ = newest_common(folders)
+        for folder in folders:
+            drop_newer(folder, round_)
+        return round_
+
+    def _join(self, gang: Gang, ranks: list[Any], resume_round: int) -> list[Any]:
         meeting = self._first(ranks[0].address.remote())
+        company = Company(gang.name, {f.name: f.learner.world_size for f in self._recipe.followers})
         return [
             actor.join.remote(
-                rank, meeting, self._recipe, self._plan, str(self._run_dir.path), self._endpoint, self._store
+                rank,
+                meeting,
+                gang.recipe,
+                self._plan,
+                str(gang.run_dir),
+                self._endpoint,
+                self._store,
+                company,
+                resume_round,
             )
             for rank, actor in enumerate(ranks)
         ]

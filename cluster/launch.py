@@ -19,8 +19,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.pulse import HEALTH
 from cluster.scoring import RewardPool, Scorer
 from cluster.weight_store import StoreClient, WeightStore
+from learner.company import Company
 from protocol.errors import RecipeError, RedisError
-from protocol.recipe import Placement, Recipe, Reward
+from protocol.recipe import Recipe
+from protocol.roles import Learner, Placement, Reward
 from protocol.stream import Streams, connect
 from protocol.tickets import Ticket, TicketPlan
 
@@ -133,6 +135,8 @@ class LearnerProcess:
         run_dir: str,
         endpoint: Endpoint,
         store: Any,
+        company: Company,
+        resume_round: int,
     ) -> None:
         """Builds the rank; returns when the whole gang is built."""
         address, port = meeting
@@ -143,7 +147,9 @@ class LearnerProcess:
         from learner.train import LearnerRank
 
         device = torch.device(device_of(recipe.learner))
-        self._rank = LearnerRank(recipe, plan, Path(run_dir), endpoint.open(), StoreClient(store), device)
+        self._rank = LearnerRank(
+            recipe, plan, Path(run_dir), endpoint.open(), StoreClient(store), device, company, resume_round
+        )
 
     def train(self) -> None:
         """Runs the rounds that are left."""
@@ -203,7 +209,7 @@ def local_options(recipe: Recipe) -> dict[str, Any]:
 def roles(recipe: Recipe) -> list[tuple[Placement, int]]:
     """Returns each role's placement and how many processes it has."""
     return [
-        (recipe.learner, recipe.learner.world_size),
+        *((learner, learner.world_size) for learner in recipe.learners),
         (recipe.rollout_worker, recipe.rollouts),
         *((reward, reward.replicas) for reward in recipe.rewards),
     ]
@@ -270,9 +276,8 @@ def start_rollout(
     return remote.remote(name, recipe, str(run_dir), endpoint, store, pools)
 
 
-def start_learners(recipe: Recipe) -> tuple[list[Any], PlacementGroup]:
-    """Starts the gang's processes in a placement group, packed onto as few nodes as will hold them."""
-    learner = recipe.learner
+def start_learners(learner: Learner) -> tuple[list[Any], PlacementGroup]:
+    """Starts a gang's processes in a placement group, packed onto as few nodes as will hold them."""
     bundle = {"CPU": learner.num_cpus, **learner.resources}
     if learner.num_gpus:
         bundle["GPU"] = learner.num_gpus
@@ -289,11 +294,11 @@ def start_learners(recipe: Recipe) -> tuple[list[Any], PlacementGroup]:
     return ranks, group
 
 
-def stop_actors(actors: Sequence[Any], group: PlacementGroup | None) -> None:
+def stop_actors(actors: Sequence[Any], groups: Sequence[PlacementGroup]) -> None:
     """Kills actors and frees their places."""
     for actor in actors:
         ray.kill(actor)
-    if group is not None:
+    for group in groups:
         remove_placement_group(group)
 
 

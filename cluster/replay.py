@@ -29,7 +29,7 @@ from diffusion.policy import Policy
 from diffusion.weights import pack
 from learner.checkpoint import Checkpoint
 from protocol.errors import RunDirError, VerifyError
-from protocol.recipe import Reward
+from protocol.roles import Reward
 from protocol.tickets import Ticket, TicketPlan
 from rewards.composition import named_scores
 from rewards.contract import check_scores
@@ -63,6 +63,8 @@ class Draw:
 def replay(record: Record, num_groups: int, seed: int) -> dict[str, str]:
     """Makes groups again, in as many threads as the run's rollout processes have. Returns what was found, in reading
     order. Raises VerifyError for groups that differ, or if none can be compared."""
+    if record.follows:
+        raise RunDirError("a follower's groups are those of its run", do="replay the run that it belongs to")
     rows = replayable(record)
     choices = [Draw(row, index) for row in rows for index in range(len(row.tickets))]
     drawn = random.Random(seed).sample(choices, min(num_groups, len(choices)))

@@ -4,6 +4,7 @@ recipe.yaml  run.json                   what the run is
 prompts.txt  data-*.jsonl               what its tickets start from (cluster/sources.py)
 metrics.jsonl  ledger.jsonl             a line a round
 checkpoints/  samples/  export/         state, pictures, and weights for other tools
+learners/<name>/                        the same of each follower
 .lock                                   held while a driver lives
 .rollouts                               how many rollout actors `sfumato scale` asked for
 """
@@ -23,12 +24,25 @@ from typing import Any
 import yaml
 
 from protocol.errors import RecipeError, RunDirError
-from protocol.recipe import LAYOUT, Recipe
+from protocol.recipe import Recipe
 from protocol.recipe_file import dump_recipe, parse_recipe
+from protocol.roles import LAYOUT
 from protocol.stream import redacted_url
 
 SCALE_FILE = ".rollouts"
 RAY_SESSION = re.compile(r"/ray/session_[^/]+(/|$)")
+
+
+def follower_dir(run_dir: Path, name: str) -> Path:
+    """Returns where a follower's files are: a run directory as `sfumato evaluate`, `sample` and `digest` take it."""
+    return run_dir / "learners" / name
+
+
+def home_of(run_dir: Path) -> Path:
+    """Returns the run that a follower's directory belongs to; of any other the directory itself."""
+    home = run_dir.absolute().parent.parent
+    follows = run_dir.absolute().parent.name == "learners" and (home / "run.json").is_file()
+    return home if follows else run_dir
 
 
 class RunDir:
@@ -54,6 +68,11 @@ class RunDir:
         self.next_attempt()
         (self.path / SCALE_FILE).unlink(missing_ok=True)
         _write(self.path / "recipe.yaml", dump_recipe(_without_password(recipe)))
+        for follower in recipe.followers:
+            folder = follower_dir(self.path, follower.name)
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.path / "run.json", folder / "run.json")
+            _write(folder / "recipe.yaml", dump_recipe(_without_password(recipe.of_follower(follower.name))))
 
     def wanted_rollouts(self) -> int | None:
         """Returns how many rollout actors `sfumato scale` has asked this driver for, if it has."""
@@ -156,6 +175,7 @@ def _clear_false_start(path: Path) -> None:
     for name in ("run.json", "recipe.yaml", "prompts.txt", "redis.log", *(file.name for file in path.glob("data-*"))):
         (path / name).unlink(missing_ok=True)
     shutil.rmtree(path / "samples", ignore_errors=True)
+    shutil.rmtree(path / "learners", ignore_errors=True)
 
 
 def _refuse_other_recipe(path: Path, recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from protocol.errors import RewardError, SfumatoError
-from protocol.recipe import Reward
+from protocol.roles import Reward
 from rewards.composition import named_scores
 
 RESTART_POLL_S = 0.5

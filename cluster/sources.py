@@ -58,4 +58,5 @@ def read_plan(recipe: Recipe, run_dir: Path) -> TicketPlan:
         recipe.batch.group_size,
         recipe.lag,
         tuple(starts) if recipe.iterations else (),
+        recipe.behaviour == "base",
     )

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Json, NonNegativeInt, ValidationError
 
-from cluster.run_dir import read_recipe
+from cluster.run_dir import home_of, read_recipe
 from cluster.sources import read_plan
 from learner.checkpoint import Checkpoint, Meta, checkpoints_in
 from protocol.errors import RunDirError, VerifyError
@@ -88,6 +88,13 @@ class Record:
     plan: TicketPlan
     rows: list[Row]
     checkpoints: list[Checkpoint]
+    sampled_by: list[Row]
+    """The ledger of the learner whose weights sampled: of a follower another's than its own."""
+
+    @property
+    def follows(self) -> bool:
+        """True of a follower, whose groups another learner's weights have sampled."""
+        return self.sampled_by is not self.rows
 
     @property
     def holders(self) -> dict[int, Checkpoint]:
@@ -98,7 +105,8 @@ class Record:
 def verify_record(run_dir: Path) -> Record:
     """Reads what a run has written, of one in progress too. Raises VerifyError listing all that does not hold."""
     recipe = read_recipe(run_dir)
-    plan = read_plan(recipe, run_dir)
+    home = home_of(run_dir)
+    plan = read_plan(recipe, home)
     # Backwards through what a round writes, so that a run in progress is never ahead of what was read of it.
     checkpoints, torn = _checkpoints(run_dir)
     metrics, bad_metrics = read_lines(run_dir / "metrics.jsonl", MetricsLine)
@@ -107,7 +115,11 @@ def verify_record(run_dir: Path) -> Record:
         raise RunDirError(f"the run {run_dir} has not published a version yet", do="wait for its first round")
     # What cannot be read stands alone: all else that is then amiss would follow from it.
     refuse(f"what the run {run_dir} has written cannot be read", [*bad_rows, *bad_metrics, *torn])
-    record = Record(run_dir, recipe, plan, rows, checkpoints)
+    sampled_by = rows
+    if home != run_dir:
+        sampled_by, bad_home = read_lines(home / "ledger.jsonl", Row)
+        refuse(f"the ledger of the run {home} cannot be read", bad_home)
+    record = Record(run_dir, recipe, plan, rows, checkpoints, sampled_by)
     refuse(f"the run {run_dir} does not verify", check_record(record, [line.round for line in metrics]))
     return record
 
@@ -184,23 +196,23 @@ def packed_digest(data: bytes) -> str:
 
 def check_record(record: Record, metrics_rounds: Sequence[int]) -> list[Violation]:
     """Checks the ledger by itself, and then metrics and checkpoints against it."""
-    rows, named = record.rows, digests_of(record.rows)
+    rows, named = record.rows, own_digests(record)
     checkpointed = max((found.meta.round for found in record.checkpoints), default=0)
     return [
-        *check_ledger(rows, record.plan),
+        *check_ledger(rows, record.plan, record.sampled_by),
         *check_metrics(metrics_rounds, rows, checkpointed),
         *(wrong for found in record.checkpoints for wrong in check_meta(found.meta, named, record.plan)),
         *(wrong for found in record.checkpoints for wrong in _check_files(found, named)),
     ]
 
 
-def check_ledger(rows: Sequence[Row], plan: TicketPlan) -> list[Violation]:
+def check_ledger(rows: Sequence[Row], plan: TicketPlan, sampled_by: Sequence[Row]) -> list[Violation]:
     """Checks rounds, tickets, versions and the chain of digests."""
     return [
         *check_order(rows),
         *(wrong for row in rows for wrong in (*check_tickets(row, plan), *check_entries(row, plan.num_groups))),
         *(wrong for row in rows for wrong in check_versions(row, plan)),
-        *check_chain(rows),
+        *check_chain(rows, sampled_by),
     ]
 
 
@@ -256,9 +268,9 @@ def check_versions(row: Row, plan: TicketPlan) -> list[Violation]:
     ]
 
 
-def check_chain(rows: Sequence[Row]) -> list[Violation]:
+def check_chain(rows: Sequence[Row], sampled_by: Sequence[Row]) -> list[Violation]:
     """A round was sampled with the weights that an earlier one published under that version."""
-    named = digests_of(rows)
+    named = digests_of(sampled_by)
     return [
         Violation(
             place(row),
@@ -275,6 +287,14 @@ def digests_of(rows: Sequence[VersionsLine]) -> dict[int, str]:
     """Returns the digest of each version: of 0 by the first round, of others by the round that published it."""
     first = {row.version: row.digest for row in rows[:1] if row.version == 0}
     return {**first, **{row.published_version: row.published_digest for row in rows}}
+
+
+def own_digests(record: Record) -> dict[int, str]:
+    """Returns the digests of a learner's own versions. A follower's ledger does not name its first."""
+    named = digests_of(record.rows)
+    if record.follows:
+        named.pop(0, None)
+    return named
 
 
 def check_metrics(rounds: Sequence[int], rows: Sequence[Row], checkpointed: int) -> list[Violation]:
@@ -294,7 +314,7 @@ def check_metrics(rounds: Sequence[int], rows: Sequence[Row], checkpointed: int)
 
 def check_meta(meta: Meta, named: Mapping[int, str], plan: TicketPlan) -> list[Violation]:
     """A checkpoint of round u holds what rounds from u on may ask for, under the digests that the ledger names."""
-    kept = plan.kept_versions(meta.round)
+    kept = [version for version in plan.kept_versions(meta.round) if version in named or version > 0]
     wanted = {str(version): named.get(version, "one that the ledger names") for version in kept}
     return [
         Violation(
@@ -303,7 +323,7 @@ def check_meta(meta: Meta, named: Mapping[int, str], plan: TicketPlan) -> list[V
             meta.digests.get(version),
             wanted.get(version, f"versions {', '.join(wanted)}"),
         )
-        for version in sorted({*wanted, *meta.digests}, key=lambda name: (len(name), name))
+        for version in sorted({*wanted, *meta.digests} - ({"0"} - wanted.keys()), key=lambda name: (len(name), name))
         if meta.digests.get(version) != wanted.get(version)
     ]
 

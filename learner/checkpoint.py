@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,25 @@ def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
     """Returns the newest complete checkpoint, or None."""
     found = checkpoints_in(run_dir)
     return found[-1] if found else None
+
+
+def newest_up_to(run_dir: Path, round_: int | None) -> Checkpoint | None:
+    """Returns the newest complete checkpoint, or that of a round; None if there is none such."""
+    found = [one for one in checkpoints_in(run_dir) if round_ is None or one.meta.round <= round_]
+    return found[-1] if found else None
+
+
+def newest_common(run_dirs: Sequence[Path]) -> int:
+    """Returns the newest round of which every run directory has a checkpoint; 0, the start, if there is none."""
+    rounds = [{found.meta.round for found in checkpoints_in(run_dir)} for run_dir in run_dirs]
+    return max(set.intersection(*rounds), default=0)
+
+
+def drop_newer(run_dir: Path, round_: int) -> None:
+    """Deletes checkpoints of later rounds, which a run that goes on from this one makes again."""
+    for found in checkpoints_in(run_dir):
+        if found.meta.round > round_:
+            _remove(found.folder)
 
 
 def begin(run_dir: Path, round_: int) -> Path:

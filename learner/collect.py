@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from learner.receipts import Receipt, receipt_of
@@ -13,6 +14,7 @@ from protocol.stream import Arrival, DeadLetter, GroupReader, Streams
 from protocol.tickets import Ticket
 
 READ_BLOCK_S = 1.0
+COMPANY_POLL_S = 0.05
 RECONNECT_EVERY_S = 1.0
 
 
@@ -55,13 +57,14 @@ class Collector:
         reader: GroupReader,
         *,
         sampler: str,
+        issues: bool = True,
         reissue_after_s: float,
         give_up_after_s: float,
         while_waiting: Callable[[], None],
     ) -> None:
         self._streams, self._reader, self._sampler = streams, reader, sampler
         self._reissue_after_s, self._give_up_after_s = reissue_after_s, give_up_after_s
-        self._while_waiting = while_waiting
+        self._while_waiting, self._issues = while_waiting, issues
         self._orders: dict[int, _Order] = {}
         self._answered: dict[str, Receipt] = {}
         self.counts = Counts()
@@ -86,16 +89,35 @@ class Collector:
             self._while_waiting()
         return self._close(round_)
 
+    def make_good(self, tickets: list[Ticket], done: Callable[[], bool]) -> None:
+        """Issues a round's tickets again, whenever none is out for a while, until others are done collecting it too."""
+        since = time.monotonic()
+        while True:
+            with suppress(RedisError):  # A server that is away comes back empty.
+                if done():
+                    return
+                if not self._no_ticket_is_out():
+                    since = time.monotonic()
+                elif time.monotonic() - since > self._reissue_after_s:
+                    self._reissue(tickets)
+                    since = time.monotonic()
+            time.sleep(COMPANY_POLL_S)
+            self._while_waiting()
+
     def trim(self) -> None:
-        """Frees the server's memory of all that was read."""
+        """Frees the server's memory of all that was read, by every other learner too."""
         self._reader.trim()
+
+    def report(self) -> None:
+        """Tells the learner that trims how far this one has read."""
+        self._reader.report()
 
     def _turn(self, order: _Order, idle_s: float) -> bool:
         """Reads once. Returns True if something came, or if what is lost was ordered again."""
         arrivals = self._reader.read(block_s=READ_BLOCK_S)
         for arrival in arrivals:
             self._sort_in(arrival)
-        lost = not arrivals and idle_s > self._reissue_after_s and self._no_ticket_is_out()
+        lost = self._issues and not arrivals and idle_s > self._reissue_after_s and self._no_ticket_is_out()
         if lost:
             self._reissue(order.missing())
         return bool(arrivals) or lost
@@ -141,7 +163,7 @@ class Collector:
             )
 
     def _check(self, group: Group, ticket: Ticket) -> None:
-        if group.weights_digest != ticket.weights_digest:
+        if ticket.weights_digest and group.weights_digest != ticket.weights_digest:
             raise TrainingError(
                 f"group {group.ticket_id} was sampled with other weights than version {ticket.version}: "
                 f"{group.worker} holds {group.weights_digest[:16]}, the ticket names {ticket.weights_digest[:16]}",
@@ -171,7 +193,7 @@ class Collector:
         """Counts an entry that is of no use and, if it answers a ticket that is out, issues that again."""
         setattr(self.counts, why, getattr(self.counts, why) + 1)
         for order in self._orders.values():
-            if ticket_id in order.tickets and ticket_id not in order.groups:
+            if self._issues and ticket_id in order.tickets and ticket_id not in order.groups:
                 self._reissue([order.tickets[ticket_id]])
 
     def _reissue(self, tickets: list[Ticket]) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from protocol.errors import TrainingError
-from protocol.recipe import Learner
+from protocol.roles import Learner
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -64,6 +64,7 @@ def metrics_row(
     round_: int,
     step: int,
     on_policy: bool,
+    staleness: int,
     receipts: Sequence[Receipt],
     report: UpdateReport,
     counts: Counts,
@@ -80,6 +81,7 @@ def metrics_row(
         "round": round_,
         "step": step,
         "version": round_ + 1,
+        "staleness": staleness,
         **_reward_metrics(receipts),
         # Only samples of the current weights estimate their KL without bias.
         "kl": report.kl if on_policy else None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from diffusion.weights import unpack, weights_digest
 from learner import checkpoint
 from learner.checkpoint import Meta
 from learner.collect import Collected, Collector, Counts
+from learner.company import Company, Said, role_of
 from learner.engine import Engine
 from learner.journal import Journal, ledger_row, metrics_row
 from learner.probes import Costs
@@ -30,6 +32,8 @@ from protocol.tickets import TicketPlan
 
 REPUBLISH_EVERY_S = 5.0
 REPORT_EVERY_S = 1.0
+COMPANY_POLL_S = 0.05
+ALONE = Company(None, {})
 
 
 class LearnerRank:
@@ -43,7 +47,12 @@ class LearnerRank:
         streams: Streams,
         store: VersionStore,
         device: torch.device,
+        company: Company = ALONE,
+        resume_round: int | None = None,
     ) -> None:
+        """`recipe` is this learner's own. With `resume_round` it goes on from the checkpoint of that round, or from the
+        start for 0; without, from the newest."""
+        self._company, self._resume_round = company, resume_round
         torch.set_num_threads(recipe.learner.threads)
         self._recipe, self._plan, self._run_dir = recipe, plan, run_dir
         self._streams, self._store, self._device = streams, store, device
@@ -51,7 +60,8 @@ class LearnerRank:
         self._policy.keep_reference()
         self._engine = Engine(self._policy.unet, recipe.learner, device)
         self._chain = Chain(self._policy, recipe.sampler)
-        self._tools = Tools(recipe, self._chain, self._engine, lambda: self._report_progress("learning"))
+        after_pass = functools.partial(self._report_progress, "learning")
+        self._tools = Tools(recipe, self._chain, self._engine, after_pass, follows=company.name is not None)
         self._updater = make_updater(self._tools)
         self._versions = Versions(plan)
         self._issued, self._costs_before = 0, Costs()
@@ -75,10 +85,11 @@ class LearnerRank:
         self._finish()
 
     def _begin(self) -> None:
-        self._restore(checkpoint.latest_checkpoint(self._run_dir))
+        self._restore(checkpoint.newest_up_to(self._run_dir, self._resume_round))
         if self._is_first_rank:
             self._journal = Journal(self._run_dir, first_round=self._round)
-            self._streams.open()
+            if not self._follows:
+                self._streams.open()
         for version in sorted(self._versions.states):
             self._publish(version)
         self._issued = self._round
@@ -120,18 +131,42 @@ class LearnerRank:
 
     def _collect(self) -> tuple[Collected, float]:
         started = time.monotonic()
+        if self._follows:
+            self._wait_until(self._company.first_has_begun)
         collected = self._collector.collect(self._round)
+        self._report_progress("learning", at_once=True)
         with suppress(RedisError):  # What is not trimmed now is trimmed with the next round.
-            self._collector.trim()
+            if self._follows:
+                self._collector.report()
+            else:
+                self._wait_for_followers()
+                self._collector.trim()
         wait_s = time.monotonic() - started
         self._waiting_s += wait_s
         return collected, wait_s
 
+    def _wait_until(self, holds: Callable[[int, Said], bool]) -> None:
+        """Waits until something holds of this round, by what the learners say of themselves."""
+        while True:
+            with suppress(RedisError):  # While the server is away, nobody says anything.
+                if holds(self._round, self._streams.progress()):
+                    return
+            time.sleep(COMPANY_POLL_S)
+            self._while_waiting()
+
+    def _wait_for_followers(self) -> None:
+        """Waits until every follower has collected the round, and makes good what was lost before they had."""
+        if self._company.followers and self._is_first_rank:
+            round_ = self._round
+            tickets = self._plan.round(round_, self._versions.digests[self._plan.version_of(round_)])
+            self._collector.make_good(tickets, lambda: self._company.all_have(round_, self._streams.progress()))
+        self._engine.barrier()
+
     def _learn(self, collected: Collected) -> tuple[UpdateReport, float]:
         started = time.monotonic()
         version = self._plan.version_of(self._round)
-        behaviour = None if version == self._round else lambda: self._holding(version)
-        if self._round in self._plan.iteration_starts[1:]:
+        behaviour = None if version == self._round or self._follows else lambda: self._holding(version)
+        if self._recipe.iterations and self._round in self._plan.iteration_starts[1:]:
             self._engine.forget_moments()
         report = self._updater.learn(collected.groups, self._round, behaviour)
         self._step += len(report.loss) - report.skipped
@@ -155,7 +190,7 @@ class LearnerRank:
             self._versions.keep(version, self._policy.trainable_state())
 
     def _publish(self, version: int) -> None:
-        if self._is_first_rank:
+        if self._is_first_rank and not self._follows:
             self._versions.publish(version, self._store)
             with suppress(RedisError):  # Announced for people to see; workers go by their tickets.
                 self._streams.announce_version(version, self._versions.digests[version])
@@ -170,10 +205,12 @@ class LearnerRank:
 
     def _issue(self, round_: int) -> None:
         """Issues a round's tickets; every rank notes those that it is to collect."""
-        tickets = self._plan.round(round_, self._versions.digests[self._plan.version_of(round_)])
+        # A follower learns from the groups which weights the first learner's version has.
+        digest = "" if self._follows else self._versions.digests[self._plan.version_of(round_)]
+        tickets = self._plan.round(round_, digest)
         rank, world_size = self._engine.rank, self._engine.world_size
         self._collector.expect(round_, [t for t in tickets if t.index % world_size == rank])
-        if self._is_first_rank:
+        if self._is_first_rank and not self._follows:
             with suppress(RedisError):  # The collector issues again what never went out.
                 self._streams.issue(tickets)
 
@@ -219,7 +256,8 @@ class LearnerRank:
         metrics = metrics_row(
             round_=self._round,
             step=self._step,
-            on_policy=self._plan.version_of(self._round) == self._round,
+            on_policy=self._plan.version_of(self._round) == self._round and not self._follows,
+            staleness=self._round - self._plan.version_of(self._round),
             receipts=receipts,
             report=report,
             counts=counts,
@@ -264,12 +302,21 @@ class LearnerRank:
         shards = [shard for shard in range(self._recipe.num_shards) if shard % world_size == rank]
         return Collector(
             self._streams,
-            GroupReader(self._streams, shards),
+            GroupReader(self._streams, shards, self._role, [] if self._follows else self._company.others),
+            issues=not self._follows,
             sampler=self._chain.description,
             reissue_after_s=self._recipe.redis.reissue_after_s,
             give_up_after_s=self._recipe.supervision.stall_timeout_s,
             while_waiting=self._while_waiting,
         )
+
+    @property
+    def _follows(self) -> bool:
+        return self._company.name is not None
+
+    @property
+    def _role(self) -> str:
+        return role_of(self._company.name, self._engine.rank)
 
     @property
     def _is_first_rank(self) -> bool:
@@ -278,20 +325,20 @@ class LearnerRank:
     def _while_waiting(self) -> None:
         """Publishes again what the weight store or Redis has lost, and tells the driver that it is alive."""
         self._report_progress("waiting")
-        if not self._is_first_rank or time.monotonic() - self._checked_store_at < REPUBLISH_EVERY_S:
+        if self._follows or not self._is_first_rank or time.monotonic() - self._checked_store_at < REPUBLISH_EVERY_S:
             return
         self._checked_store_at = time.monotonic()
         self._versions.publish_lost(self._store)
 
-    def _report_progress(self, state: str) -> None:
+    def _report_progress(self, state: str, *, at_once: bool = False) -> None:
         now = time.monotonic()
-        if state != "done" and now - self._reported_at < REPORT_EVERY_S:
+        if state != "done" and not at_once and now - self._reported_at < REPORT_EVERY_S:
             return
         self._reported_at = now
         alive_s = now - self._started_at
         with suppress(RedisError):  # A server that is away is waited for where its data is needed.
             self._streams.report_progress(
-                f"learner/{self._engine.rank}",
+                self._role,
                 round=self._round,
                 state=state,
                 busy_s=alive_s - self._waiting_s,

@@ -85,7 +85,11 @@ class TrajectoryUpdater:
         """Takes the round's optimizer steps."""
         batch = stack_groups(groups, self._tools.policy.device)
         report = UpdateReport()
-        self._probe_parity(batch, round_, behaviour or nullcontext, report)
+        if self._tools.follows:
+            # Without the weights that sampled, nothing that was stored can be compared or reused.
+            report.recomputed = True
+        else:
+            self._probe_parity(batch, round_, behaviour or nullcontext, report)
         frozen, now_PGT = self._freeze(batch, behaviour, report)
         if round_ == 0:
             self._check_start(now_PGT, frozen)

@@ -47,7 +47,7 @@ Member = tuple[Group, int, list[Tensor], float]
 
 def single_units(groups: Sequence[Group], select: str, run_seed: int, device: torch.device) -> Units:
     """Returns one image of each group. Raises TrainingError for groups without images or rewards."""
-    sampled = [group for group in groups if "x0_GCHW" in group.arrays]
+    sampled = [group for group in groups if _is_sampled(group)]
     chosen, metrics = {}, {"select/gap": torch.zeros(2, dtype=torch.float64)}
     if sampled:
         reward_PG = stack(sampled, "reward_G", torch.device("cpu"))
@@ -62,7 +62,7 @@ def single_units(groups: Sequence[Group], select: str, run_seed: int, device: to
     members: list[Member] = []
     for group in groups:
         if group.ticket_id in chosen:
-            x0 = _latents(group, "x0_GCHW")[chosen[group.ticket_id]]
+            x0 = _images(group)[chosen[group.ticket_id]]
         elif "pair_x0_2CHW" in group.arrays:
             x0 = _latents(group, "pair_x0_2CHW")[0]
         else:
@@ -73,9 +73,9 @@ def single_units(groups: Sequence[Group], select: str, run_seed: int, device: to
 
 def preference_units(groups: Sequence[Group], settings: Pairs, device: torch.device) -> Units:
     """Returns pairs, winner first: of each sampled group by its rewards, of a dataset as they are."""
-    sampled = [group for group in groups if "x0_GCHW" in group.arrays]
+    sampled = [group for group in groups if _is_sampled(group)]
     members: list[Member] = [
-        (group, 0, list(_latents(group, "pair_x0_2CHW")), 1.0) for group in groups if "x0_GCHW" not in group.arrays
+        (group, 0, list(_latents(group, "pair_x0_2CHW")), 1.0) for group in groups if not _is_sampled(group)
     ]
     num_units, counts = len(members), torch.zeros(2, dtype=torch.float64)
     if sampled:
@@ -85,7 +85,7 @@ def preference_units(groups: Sequence[Group], settings: Pairs, device: torch.dev
         for place, winner, loser, weight in zip(
             pairs.group_Q.tolist(), pairs.winner_Q, pairs.loser_Q, pairs.weight_Q.tolist(), strict=True
         ):
-            x0_GCHW = _latents(sampled[place], "x0_GCHW")
+            x0_GCHW = _images(sampled[place])
             members.append((sampled[place], numbers[place], [x0_GCHW[winner], x0_GCHW[loser]], weight))
             numbers[place] += 1
         num_considered = len(members) + pairs.num_tied + pairs.num_below_threshold
@@ -127,7 +127,7 @@ def noise_units(
 
 
 def perception_draws(units: Units, policy: Policy, run_seed: int, update: int) -> tuple[Tensor, Tensor]:
-    """Returns the step noise of each unit (U + 1, C, H, W) and its fresh timestep (U + 1,), a filler behind the units."""
+    """Returns the step noise of each unit (U + 1, C, H, W) and its fresh timestep (U + 1,), with a filler last."""
     keys = [(*key, update) for key in (*units.keys, ("", 0))]
     noises = [normal(derive_seed(run_seed, Purpose.PERCEPTION_NOISE, *key), policy.latent_shape_CHW) for key in keys]
     num_timesteps = len(policy.alpha_bar)
@@ -145,6 +145,17 @@ def uniform(run_seed: int, purpose: Purpose, *key: int | str) -> float:
     # As many bits as a float holds: a larger number could round up to 1.
     drawn: float = (derive_seed(run_seed, purpose, *key) >> (SEED_BITS - 53)) / 2**53
     return drawn
+
+
+def _is_sampled(group: Group) -> bool:
+    return not {"real_x0_CHW", "pair_x0_2CHW"} & group.arrays.keys()
+
+
+def _images(group: Group) -> Tensor:
+    """Returns a sampled group's clean latents (G, C, H, W): the ends of its trajectories, if it carries those."""
+    if "latents_GSCHW" in group.arrays:
+        return _latents(group, "latents_GSCHW")[:, -1]
+    return _latents(group, "x0_GCHW")
 
 
 def _latents(group: Group, name: str) -> Tensor:

@@ -69,12 +69,13 @@ class Updater(Protocol):
 
 @dataclass
 class Tools:
-    """What all updaters work with on a rank."""
+    """What all updaters work with on a rank. One that follows learns from groups of another learner's weights."""
 
     recipe: Recipe
     chain: Chain
     engine: Engine
     after_pass: Callable[[], None]
+    follows: bool = False
     descent: Descent = field(init=False)
 
     def __post_init__(self) -> None:

@@ -78,7 +78,7 @@ def _group_bytes(recipe: Recipe, kind: SourceKind, num_entries: int) -> int:
     if is_sampled(recipe, kind):
         num_scores = 1 + len(recipe.rewards)
         num_latents = 1
-        if algorithm.content == "trajectories":
+        if recipe.content == "trajectories":
             num_latents, num_scores = sampler.num_steps + 1, num_scores + 2 * sampler.num_steps
         elif isinstance(algorithm, SharpeningSft | SharpeningRlhf):
             num_states = algorithm.excursion.num_states

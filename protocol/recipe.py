@@ -6,14 +6,16 @@ paper publishes stands in `recipes/`. Derived numbers are properties here or in 
 
 from __future__ import annotations
 
+from math import lcm
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from protocol import requirements
-from protocol.algorithms import Algorithm, Iteration, SourceKind, Spin, SpinExact
+from protocol.algorithms import Algorithm, Content, Iteration, SourceKind, Spin, SpinExact
 from protocol.datasets import Dataset
-from protocol.section import Decay, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from protocol.roles import LAYOUT, Learner, Placement, Reward
+from protocol.section import PositiveFloat, PositiveInt, Section
 
 RESERVED_LABELS = ("mean", "std_within_group", "std_between_groups")
 """Names that stand beside the rewards' own in metrics."""
@@ -51,14 +53,16 @@ def _training_form(value: Any) -> Any:
     return value.get("form", "lora") if isinstance(value, dict) else getattr(value, "form", None)
 
 
+Trainable = Annotated[Annotated[Lora, Tag("lora")] | Annotated[Full, Tag("full")], Discriminator(_training_form)]
+"""What may be trained of a base model."""
+
+
 class Model(Section):
     """The base model and what of it is trained."""
 
     path: str = "embedded"
     """A folder in diffusers layout, a hub id, or `embedded` for the digits model in assets/."""
-    trainable: Annotated[Annotated[Lora, Tag("lora")] | Annotated[Full, Tag("full")], Discriminator(_training_form)] = (
-        Lora()
-    )
+    trainable: Trainable = Lora()
     """LoRA adapters or the full U-Net."""
 
 
@@ -125,92 +129,18 @@ class Sampler(Section):
         return 1 if self.guidance_scale == 1.0 else 2
 
 
-class Placement(Section):
-    """What one process of a role asks of the cluster."""
+class Follower(Section):
+    """One more learner on the same groups, with an algorithm and an adapter of its own. Rollouts sample with the first
+    learner's weights, so what it learns from is off-policy."""
 
-    num_cpus: NonNegativeFloat = 1.0
-    """Ray CPUs each process reserves."""
-    num_gpus: NonNegativeFloat = 0.0
-    """Ray GPUs each process reserves; above 0 its tensors live on the GPU."""
-    resources: dict[str, float] = Field(default={})
-    """Custom Ray resources, such as {rollout: 1} on nodes of that type."""
-    threads: PositiveInt = 1
-    """CPU threads each process computes with. Part of the numerics: 2 threads change last bits."""
-
-
-class Reward(Placement):
-    """One reward: what scores an image, its weight in the sum, and its pool of actors."""
-
-    name: str
-    """A built-in reward's name, `./file.py:Name`, or a dotted path `package.module:Name`."""
-    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    """Factor in the weighted sum that is trained on; 0 only reports it."""
-    kwargs: dict[str, Any] = Field(default={})
-    """Keyword arguments of the reward's class or function."""
-    replicas: PositiveInt = 1
-    """Actors in the pool."""
-    timeout_s: PositiveFloat = 300.0
-    """Longest time one group's scores may take."""
-    max_attempts: PositiveInt = 3
-    """How often one group's scoring is tried before the run stops."""
-
-    @property
-    def label(self) -> str:
-        """The reward's name in metrics and group fields: a path's last part, in letters and digits."""
-        tail = self.name.rsplit(":", 1)[-1].rsplit(".", 1)[-1]
-        return "".join(letter if letter.isalnum() else "_" for letter in tail)
-
-
-LAYOUT = ("world_size", "zero_stage", "offload_optimizer")
-"""What fixes how the learner's state is spread over ranks."""
-
-
-class Learner(Placement):
-    """The DeepSpeed gang that applies updates. Placement is that of one rank."""
-
-    world_size: PositiveInt = 1
-    """R: ranks."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage: what is sharded over ranks (1 optimizer, 2 gradients, 3 parameters)."""
-    offload_optimizer: bool = False
-    """Keep AdamW's masters and moments in the CPU's memory and step there; needs zero_stage 1 or more."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute dtype of policy, reference and rollouts; master weights and gradient sums are fp32 always."""
-    micro_batch_size: PositiveInt = 64
-    """(trajectory, step) items in one forward and backward pass; bounds activation memory."""
-    learning_rate: PositiveFloat = 1e-4
-    """AdamW's learning rate, once warm."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps in which the learning rate rises from 0, linearly."""
-    decay: Literal["constant", "linear"] = "constant"
-    """`linear`: after the warm-up it falls, to 0 just after the last step of the run, or of the self-play iteration."""
-    weight_decay: NonNegativeFloat = 1e-4
-    """AdamW's decoupled weight decay."""
-    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """AdamW's moment decays."""
-    adam_eps: PositiveFloat = 1e-8
-    """AdamW's epsilon."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this global norm."""
-    num_parity_probes: PositiveInt = 2
-    """Micro-batches each rank recomputes each round to compare with the rollout's log-probabilities."""
-    parity_tolerance: PositiveFloat | None = None
-    """Largest latent_mean difference of a recomputed log-probability; above it the run stops.
-    Default: a tenth of the algorithm's window in latent_mean units, or 1e-5 without one."""
-
-    @property
-    def sharded_stage(self) -> int:
-        """The stage that DeepSpeed runs: in bf16 it keeps fp32 sums of gradients from stage 1 on only."""
-        return max(self.zero_stage, 1) if self.precision == "bf16" else self.zero_stage
-
-    @model_validator(mode="after")
-    def _offload_has_shards(self) -> Self:
-        if self.offload_optimizer and self.sharded_stage == 0:
-            raise ValueError(
-                "learner.offload_optimizer: true needs learner.zero_stage 1, 2 or 3, but it is 0; "
-                "stage 1 costs nothing on one rank"
-            )
-        return self
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")]
+    """Its name: its files are in learners/<name>/ in the run directory."""
+    algorithm: Algorithm
+    """Its update; one that needs samples of its own weights is refused."""
+    learner: Learner = Learner()
+    """Its DeepSpeed gang."""
+    trainable: Trainable = Lora()
+    """What it trains of the base model."""
 
 
 class Redis(Section):
@@ -297,6 +227,10 @@ class Recipe(Section):
     """The update."""
     learner: Learner = Learner()
     """The learner."""
+    followers: tuple[Follower, ...] = ()
+    """More learners on the same groups, to compare methods at the price of one sampling."""
+    behaviour: Literal["learner", "base"] = "learner"
+    """Whose weights sample: the learner's newest, `lag` versions behind, or the base model's for ever."""
     rollout_worker: Placement = Placement()
     """What each rollout actor reserves."""
     redis: Redis = Redis()
@@ -322,18 +256,19 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _rounds_divide_evenly(self) -> Self:
-        parts = self.learner.world_size * self.algorithm.inner_minibatches
-        if self.batch.num_groups % parts:
-            raise ValueError(
-                f"batch.num_groups: {self.batch.num_groups} groups do not divide evenly into learner.world_size "
-                f"x algorithm.inner_minibatches = {self.learner.world_size} x "
-                f"{self.algorithm.inner_minibatches} parts; use a multiple of {parts}"
-            )
-        if self.num_shards % self.learner.world_size:
-            raise ValueError(
-                f"redis.num_shards: {self.num_shards} is not a multiple of learner.world_size "
-                f"{self.learner.world_size}, so a rank could not tell which shards are its own"
-            )
+        for learner, algorithm in zip(self.learners, self.algorithms, strict=True):
+            parts = learner.world_size * algorithm.inner_minibatches
+            if self.batch.num_groups % parts:
+                raise ValueError(
+                    f"batch.num_groups: {self.batch.num_groups} groups do not divide evenly into learner.world_size "
+                    f"x algorithm.inner_minibatches = {learner.world_size} x {algorithm.inner_minibatches} parts; "
+                    f"use a multiple of {parts}"
+                )
+            if self.num_shards % learner.world_size:
+                raise ValueError(
+                    f"redis.num_shards: {self.num_shards} is not a multiple of learner.world_size "
+                    f"{learner.world_size}, so a rank could not tell which shards are its own"
+                )
         return self
 
     @model_validator(mode="after")
@@ -355,8 +290,36 @@ class Recipe(Section):
 
     @property
     def num_shards(self) -> int:
-        """Group streams."""
-        return self.redis.num_shards or self.learner.world_size
+        """Group streams: each learner's ranks share them out evenly."""
+        return self.redis.num_shards or lcm(*(learner.world_size for learner in self.learners))
+
+    @property
+    def learners(self) -> tuple[Learner, ...]:
+        """The gangs: the first learner's, then the followers'."""
+        return (self.learner, *(follower.learner for follower in self.followers))
+
+    @property
+    def algorithms(self) -> tuple[Algorithm, ...]:
+        """All algorithms that learn from the groups."""
+        return (self.algorithm, *(follower.algorithm for follower in self.followers))
+
+    @property
+    def content(self) -> Content:
+        """What sampled groups carry: whole trajectories, whose ends are images, if one algorithm needs them."""
+        contents = [algorithm.content for algorithm in self.algorithms]
+        return "trajectories" if "trajectories" in contents else contents[0]
+
+    def of_follower(self, name: str) -> Recipe:
+        """Returns the recipe as a follower has it: its algorithm, its gang, its adapter."""
+        follower = next(follower for follower in self.followers if follower.name == name)
+        changes = {
+            "algorithm": follower.algorithm,
+            "learner": follower.learner,
+            "model": self.model.model_copy(update={"trainable": follower.trainable}),
+            "redis": self.redis.model_copy(update={"num_shards": self.num_shards}),
+            "followers": (),
+        }
+        return self.model_copy(update=changes)
 
     def identity(self) -> dict[str, Any]:
         """The part of the recipe that weights depend on: what a resumed run may not change.

@@ -26,6 +26,37 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _iterations(recipe)
     yield from _excursions(recipe)
     yield from _perception(recipe)
+    yield from _behaviour(recipe)
+    for follower in recipe.followers:
+        own = recipe.of_follower(follower.name)
+        for problem in (*problems(own), *_follows(recipe, own)):
+            yield f"followers, {follower.name}: {problem}"
+    names = [follower.name for follower in recipe.followers]
+    if len(set(names)) < len(names):
+        yield f"followers: two have one name: {', '.join(sorted(names))}"
+    if names and recipe.checkpoints.keep_last < 2:
+        yield "checkpoints.keep_last: 1, but learners that resume together need 2: one may be a checkpoint ahead"
+
+
+def _behaviour(recipe: Recipe) -> Iterator[str]:
+    algorithm = recipe.algorithm
+    if recipe.behaviour == "base" and (algorithm.max_lag is not None or recipe.iterations):
+        yield f"behaviour: base, but {algorithm.name} needs samples of the weights that it trains"
+
+
+def _follows(recipe: Recipe, own: Recipe) -> Iterator[str]:
+    """What a learner cannot do with groups that another's weights have sampled."""
+    algorithm, first = own.algorithm, recipe.algorithm
+    if algorithm.max_lag is not None and "excursions" not in (algorithm.content, first.content):
+        yield f"{algorithm.name} is on-policy, but its groups are sampled with the first learner's weights"
+    if isinstance(algorithm, Spin | SpinExact):
+        yield f"{algorithm.name} needs its own opponent's images, but the first learner's weights sample its groups"
+    if "excursions" in (algorithm.content, first.content):
+        own_excursion, first_excursion = (getattr(one, "excursion", None) for one in (algorithm, first))
+        if own_excursion != first_excursion:
+            yield f"{algorithm.name} and {first.name} would need groups of two kinds; excursions must be the same"
+    if isinstance(first, Spin) and algorithm.content == "trajectories":
+        yield f"{algorithm.name} needs trajectories, but {first.name} encodes its images anew"
 
 
 def needs_rewards(recipe: Recipe) -> bool:

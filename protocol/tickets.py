@@ -67,6 +67,7 @@ class TicketPlan:
 
     With `iteration_starts`, the first rounds of self-play's iterations, every round of an iteration is sampled with
     the weights at its start (Yuan et al., arXiv 2402.10210), and a row's images are the same whenever it comes again.
+    With `from_base` version 0 samples everything.
     """
 
     run_seed: int
@@ -75,9 +76,12 @@ class TicketPlan:
     group_size: int
     lag: int
     iteration_starts: tuple[int, ...] = ()
+    from_base: bool = False
 
     def version_of(self, round_: int) -> int:
         """Round u is sampled with version max(0, u - lag), or with that of its iteration's start."""
+        if self.from_base:
+            return 0
         if self.iteration_starts:
             return self.iteration_starts[self.iteration_of(round_)]
         return max(0, round_ - self.lag)
@@ -88,6 +92,8 @@ class TicketPlan:
 
     def is_sampled_with(self, version: int) -> bool:
         """True if some ticket names the version."""
+        if self.from_base:
+            return version == 0
         return not self.iteration_starts or version in self.iteration_starts
 
     def kept_versions(self, round_: int) -> list[int]:

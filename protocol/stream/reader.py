@@ -9,7 +9,7 @@ next attempt reads new keys.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from protocol.codec import Fields, decode_group
@@ -40,7 +40,10 @@ class Arrival:
 class GroupReader:
     """One learner rank's cursors over the shards that it alone reads. Every entry is returned once."""
 
-    def __init__(self, streams: Streams, shards: Iterable[int]) -> None:
+    def __init__(self, streams: Streams, shards: Iterable[int], name: str = "", others: Sequence[str] = ()) -> None:
+        """`others` are readers of the same shards, by the names that they report under: nothing is trimmed that one of
+        them has not read."""
+        self._name, self._others = name, others
         if not (shards := sorted(shards)):
             raise ValueError("a reader needs at least one shard")
         self._streams = streams
@@ -64,11 +67,18 @@ class GroupReader:
         return arrivals
 
     def trim(self) -> None:
-        """Deletes on the server what this reader has read."""
+        """Deletes on the server what this reader, and every other one, has read."""
         self._restart_if_emptied()
-        for shard, cursor in self._cursors.items():
-            if cursor != _START:
-                self._streams.trim_through(shard, cursor)
+        for shard, own in self._cursors.items():
+            cursors = [own, *(self._streams.cursor_of(other, shard) or _START for other in self._others)]
+            if _START not in cursors:
+                self._streams.trim_through(shard, min(cursors, key=_position))
+
+    def report(self) -> None:
+        """Tells whoever trims how far this reader has read."""
+        self._restart_if_emptied()
+        read = {shard: cursor for shard, cursor in self._cursors.items() if cursor != _START}
+        self._streams.report_cursors(self._name, read)
 
     def _restart_if_emptied(self) -> None:
         """An emptied server may number its entries below the cursor, if its clock is behind the old one's."""
@@ -87,6 +97,11 @@ class GroupReader:
         except WireError as error:
             self._streams.dead_letter("group", str(error), fields)
             return Arrival(shard, entry_id, DeadLetter(str(error), _claimed_ticket_id(fields)))
+
+
+def _position(entry_id: str) -> tuple[int, int]:
+    milliseconds, sequence = entry_id.split("-")
+    return int(milliseconds), int(sequence)
 
 
 def _claimed_ticket_id(fields: Fields) -> str | None:

@@ -15,6 +15,7 @@ Keys are `sfumato:{run_id}:{attempt}:<name>`; a resume starts a new attempt and 
         Bound: MAX_DEAD_LETTERS entries of MAX_DEAD_LETTER_BYTES.
 
     versions, counters, progress    hashes with one field a version, a counter, a role
+    cursors          a hash with one field a follower's shard: how far it has read
     epoch            a random mark; its loss tells a reader that the server was emptied
 
 Everything here may be lost or happen twice: the server may be emptied at any moment, and a command whose
@@ -245,6 +246,18 @@ class Streams:
         milliseconds, sequence = entry_id.split("-")
         minid = f"{milliseconds}-{int(sequence) + 1}"
         self._redis.xtrim(self.key(f"groups:{shard}"), minid=minid, approximate=False)
+
+    @explain_errors
+    def report_cursors(self, reader: str, cursors: Mapping[int, str]) -> None:
+        """Notes how far a reader has read each of its shards."""
+        if cursors:
+            self._redis.hset(self.key("cursors"), mapping={f"{reader}/{shard}": at for shard, at in cursors.items()})
+
+    @explain_errors
+    def cursor_of(self, reader: str, shard: int) -> str | None:
+        """Returns how far a reader has said to have read a shard, or None."""
+        cursor = self._redis.hget(self.key("cursors"), f"{reader}/{shard}")
+        return None if cursor is None else cursor.decode()
 
     @explain_errors
     def epoch(self) -> bytes:

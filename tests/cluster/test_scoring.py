@@ -19,7 +19,8 @@ from cluster.attempt import start_error
 from cluster.scoring import RewardPool, Scorer
 from cluster.weight_store import StoreClient
 from protocol.errors import RecipeError, RewardError
-from protocol.recipe import Recipe, Reward
+from protocol.recipe import Recipe
+from protocol.roles import Reward
 
 IMAGES = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from diffusion.policy import Policy
 from diffusion.weights import weights_digest
 from learner.engine import MASTER, Engine
-from protocol.recipe import Full, Learner, Lora
+from protocol.recipe import Full, Lora
+from protocol.roles import Learner
 
 NUM_STEPS, NUM_BATCHES = 4, 2
 HALF = NUM_STEPS // 2

@@ -145,3 +145,21 @@ def test_entries_are_read_again_after_an_error_in_the_middle(
         reader.read(block_s=0)
     streams._redis.config_set("maxmemory", 0)
     assert [type(arrival.content) for arrival in reader.read(block_s=0)] == [Group, DeadLetter]
+
+
+def test_nothing_is_trimmed_that_another_reader_has_not_read(
+    streams: Streams, make_group: Callable[..., Group]
+) -> None:
+    trims, follows = GroupReader(streams, [0], "first", ["follower"]), GroupReader(streams, [0], "follower")
+    for index in (0, 2, 4):
+        streams.append(make_group(index))
+    assert len(read_ids(trims)) == 3
+    trims.trim()
+    assert len(follows.read(block_s=0)) == 1
+    follows.report()
+    trims.trim()
+    assert read_ids(GroupReader(streams, [0])) == ["000000-0002", "000000-0004"]
+    assert read_ids(follows) == ["000000-0002", "000000-0004"]
+    follows.report()
+    trims.trim()
+    assert read_ids(GroupReader(streams, [0])) == []

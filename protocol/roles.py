@@ -1,0 +1,97 @@
+"""Sections of a recipe that say what a process of a role asks of the cluster, and how a learner trains."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from protocol.section import Decay, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+
+
+class Placement(Section):
+    """What one process of a role asks of the cluster."""
+
+    num_cpus: NonNegativeFloat = 1.0
+    """Ray CPUs each process reserves."""
+    num_gpus: NonNegativeFloat = 0.0
+    """Ray GPUs each process reserves; above 0 its tensors live on the GPU."""
+    resources: dict[str, float] = Field(default={})
+    """Custom Ray resources, such as {rollout: 1} on nodes of that type."""
+    threads: PositiveInt = 1
+    """CPU threads each process computes with. Part of the numerics: 2 threads change last bits."""
+
+
+class Reward(Placement):
+    """One reward: what scores an image, its weight in the sum, and its pool of actors."""
+
+    name: str
+    """A built-in reward's name, `./file.py:Name`, or a dotted path `package.module:Name`."""
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Factor in the weighted sum that is trained on; 0 only reports it."""
+    kwargs: dict[str, Any] = Field(default={})
+    """Keyword arguments of the reward's class or function."""
+    replicas: PositiveInt = 1
+    """Actors in the pool."""
+    timeout_s: PositiveFloat = 300.0
+    """Longest time one group's scores may take."""
+    max_attempts: PositiveInt = 3
+    """How often one group's scoring is tried before the run stops."""
+
+    @property
+    def label(self) -> str:
+        """The reward's name in metrics and group fields: a path's last part, in letters and digits."""
+        tail = self.name.rsplit(":", 1)[-1].rsplit(".", 1)[-1]
+        return "".join(letter if letter.isalnum() else "_" for letter in tail)
+
+
+LAYOUT = ("world_size", "zero_stage", "offload_optimizer")
+"""What fixes how the learner's state is spread over ranks."""
+
+
+class Learner(Placement):
+    """The DeepSpeed gang that applies updates. Placement is that of one rank."""
+
+    world_size: PositiveInt = 1
+    """R: ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: what is sharded over ranks (1 optimizer, 2 gradients, 3 parameters)."""
+    offload_optimizer: bool = False
+    """Keep AdamW's masters and moments in the CPU's memory and step there; needs zero_stage 1 or more."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute dtype of policy, reference and rollouts; master weights and gradient sums are fp32 always."""
+    micro_batch_size: PositiveInt = 64
+    """(trajectory, step) items in one forward and backward pass; bounds activation memory."""
+    learning_rate: PositiveFloat = 1e-4
+    """AdamW's learning rate, once warm."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps in which the learning rate rises from 0, linearly."""
+    decay: Literal["constant", "linear"] = "constant"
+    """`linear`: after the warm-up it falls, to 0 just after the last step of the run, or of the self-play iteration."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """AdamW's decoupled weight decay."""
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    adam_eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this global norm."""
+    num_parity_probes: PositiveInt = 2
+    """Micro-batches each rank recomputes each round to compare with the rollout's log-probabilities."""
+    parity_tolerance: PositiveFloat | None = None
+    """Largest latent_mean difference of a recomputed log-probability; above it the run stops.
+    Default: a tenth of the algorithm's window in latent_mean units, or 1e-5 without one."""
+
+    @property
+    def sharded_stage(self) -> int:
+        """The stage that DeepSpeed runs: in bf16 it keeps fp32 sums of gradients from stage 1 on only."""
+        return max(self.zero_stage, 1) if self.precision == "bf16" else self.zero_stage
+
+    @model_validator(mode="after")
+    def _offload_has_shards(self) -> Self:
+        if self.offload_optimizer and self.sharded_stage == 0:
+            raise ValueError(
+                "learner.offload_optimizer: true needs learner.zero_stage 1, 2 or 3, but it is 0; "
+                "stage 1 costs nothing on one rank"
+            )
+        return self
