@@ -187,8 +187,8 @@ def _refuse_other_recipe(path: Path, recipe: Recipe) -> None:
     if differing:
         raise RunDirError(
             f"the run in {path} was made with another recipe, which differs in {', '.join(differing)}",
-            expected="the same recipe: a run is a function of it (rollouts, redis, placement and the learner's layout may "
-            "change; rounds too, unless learning rates follow from them)",
+            expected="the same recipe: a run is a function of it (rollouts, redis, placement and the learner's layout "
+            "may change; rounds too, unless learning rates follow from them)",
             do="resume with the run's own recipe.yaml, or start a new run in another --run-dir",
         )
 

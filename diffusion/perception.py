@@ -78,8 +78,7 @@ def uniform_constants(alpha_bar: Tensor, timestep_N: Tensor, fresh_timestep_N: T
     _check_timesteps(alpha_bar, fresh_timestep_N)
     now, fresh = noise_level(alpha_bar, timestep_N), noise_level(alpha_bar, fresh_timestep_N)
     state_N = fresh.signal_N / now.signal_N
-    # At equal timesteps rounding would leave a hair instead of 0.
-    estimate_N = torch.where(timestep_N == fresh_timestep_N, 0.0, fresh.noise_N - state_N * now.noise_N)
+    estimate_N = fresh.noise_N - state_N * now.noise_N
     return InputConstants(fresh_timestep_N, state_N, estimate_N, torch.zeros_like(state_N))
 
 

@@ -17,5 +17,7 @@ def weighted_sum(parts: Mapping[str, np.ndarray], weights: Mapping[str, float]) 
 
 def named_scores(parts: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> dict[str, np.ndarray]:
     """Returns scores by the names that they have in a group: `reward_G`, the weighted sum, and each part as
-    `reward_<label>_G`, all fp32 (G,)."""
+    `reward_<label>_G`, all fp32 (G,). Without rewards there are no scores."""
+    if not (parts or weights):
+        return {}
     return {"reward_G": weighted_sum(parts, weights), **{f"reward_{label}_G": part for label, part in parts.items()}}

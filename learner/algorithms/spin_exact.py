@@ -18,9 +18,6 @@ from torch.nn.functional import logsigmoid
 
 from learner.algorithms.metrics import Metrics, mean_metric
 
-FIELDS = ("latents_GSCHW", "scored_T", "real_x0_CHW")
-"""What a group must carry."""
-
 
 def spin_exact(
     log_prob_Q2T: Tensor,

@@ -432,7 +432,7 @@ def test_a_dry_run_prints_every_derived_number_and_starts_nothing(
     assert run_command_line(["train", "recipe.yaml", "--dry-run", "rounds=3", "--run-dir", "run"]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     numbers = dict(line.split("  ", 1) for line in lines)
-    assert numbers["images in all"].strip() == "48"
+    assert numbers["images sampled a round, at most"].strip() == "16 (4 groups of 4), 48 in all"
     assert numbers["scored steps of a trajectory"].strip() == "3 of 4"
     assert numbers["latent shape, entries"].strip() == "(4, 8, 8), 256"
     assert set(desk.rglob("*")) == before
@@ -445,8 +445,7 @@ def test_a_dry_run_refuses_a_reward_that_is_not_there(refused: Refused, name: st
 
 def test_overrides_may_stand_before_and_after_options(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command_line(["train", "recipe.yaml", "rounds=3", "--dry-run", "batch.num_groups=8"]) == 0
-    assert "images in all" in (output := capsys.readouterr().out)
-    assert " 96" in output
+    assert "32 (8 groups of 4), 96 in all" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_a_followers_directory_is_a_run_to_look_at(followed: Run, workshop: Path
 
 @pytest.mark.slow
 def test_followers_and_first_learner_resume_together(followed: Run, workshop: Path, recipe: str) -> None:
-    """A learner's process is killed, whose no matter: all go on from a round that all have; then the driver is killed."""
+    """A learner's process is killed, no matter whose: all go on from a round that all have. Then the driver is."""
     folder = workshop / "followed-broken"
     settings = [recipe, "lag=0", "rounds=6", "checkpoints.every_rounds=1"]
     with Driver(folder, settings, cwd=workshop) as driver:

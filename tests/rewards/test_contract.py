@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import RewardError
-from rewards.composition import weighted_sum
+from rewards.composition import named_scores, weighted_sum
 from rewards.contract import check_scores, probe_images
 
 PROMPTS = ["a red seven"] * 3
@@ -75,6 +75,22 @@ def test_a_sum_is_weighted_and_added_up_in_fp64() -> None:
 def test_a_sum_needs_a_weight_for_every_part() -> None:
     with pytest.raises(ValueError, match="do not go with weights"):
         weighted_sum({"a": np.float32([1])}, {"b": 1.0})
+
+
+def test_scores_go_by_the_names_that_groups_have_for_them() -> None:
+    parts = {"a": np.float32([1, 2]), "b": np.float32([3, 5])}
+    named = named_scores(parts, {"a": 1.0, "b": -1.0})
+    assert {name: scores.tolist() for name, scores in named.items()} == {
+        "reward_G": [-2, -3],
+        "reward_a_G": [1, 2],
+        "reward_b_G": [3, 5],
+    }
+
+
+def test_without_rewards_there_are_no_scores_and_no_sum_of_nothing() -> None:
+    assert named_scores({}, {}) == {}
+    with pytest.raises(ValueError, match="do not go with weights"):
+        named_scores({}, {"a": 1.0})
 
 
 def test_probe_images_are_the_same_every_time_and_differ_from_each_other() -> None:
