@@ -4,7 +4,8 @@
     a prompt        all states, log-probabilities     clean latents            states visited from own samples
     a real image    those and the image (SPIN exact)  the image; with SPIN     states visited from the image
                                                       also the opponent's
-    a pair          -                                 the pair                 -
+    a pair          those and the winner (SPIN exact) the pair; with SPIN the  -
+                                                      winner and the opponent's
 
 Everything is a function of the ticket and of the weights that it names.
 """
@@ -22,7 +23,7 @@ from actors.real import RealMoments
 from diffusion.chain import Chain
 from diffusion.excursion import draw_start, excursion
 from diffusion.noise import normal
-from protocol.algorithms import SharpeningRlhf, SharpeningSft, Spin
+from protocol.algorithms import SharpeningRlhf, SharpeningSft, Spin, SpinExact
 from protocol.recipe import Recipe
 from protocol.requirements import is_sampled
 from protocol.seeds import Purpose, derive_seed
@@ -119,8 +120,10 @@ class GroupMaker:
     def _real(self, ticket: Ticket) -> dict[str, np.ndarray]:
         assert self._real_moments is not None, "a recipe with datasets needs what reads them"
         encoded_NCHW = self._draw(self._real_moments(ticket), ticket.seeds_G)
-        if self._recipe.source_kinds[ticket.source] == "pairs":
+        is_pair = self._recipe.source_kinds[ticket.source] == "pairs"
+        if is_pair and not isinstance(self._recipe.algorithm, Spin | SpinExact):
             return {"pair_x0_2CHW": encoded_NCHW}
+        # Self-play plays against a pair's winner.
         return {"real_x0_CHW": encoded_NCHW[0]}
 
     def _draw(self, moments: Moments, seeds_G: Sequence[int]) -> np.ndarray:

@@ -8,7 +8,6 @@ K passes  each with fresh timesteps and noise, each step one pass of forward and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -126,7 +125,8 @@ class ImageUpdater:
         """Returns the errors (U, K) of SPIN's opponent, whose weights take the policy's place for a while."""
         if not isinstance(self._settings, Spin):
             return None
-        with (behaviour or nullcontext)():
+        assert behaviour is not None, "self-play needs its opponent's weights"
+        with behaviour():
             return self._tools.descent.evaluate(probe, self._engine.denoiser, torch.arange(len(probe.noised))[:, None])
 
     def _check_start(self, probe: ErrorProbe) -> None:

@@ -165,7 +165,9 @@ class LearnerRank:
     def _learn(self, collected: Collected) -> tuple[UpdateReport, float]:
         started = time.monotonic()
         version = self._plan.version_of(self._round)
-        behaviour = None if version == self._round or self._follows else lambda: self._holding(version)
+        # An opponent stays what it was while a round's steps change the weights that were it.
+        is_current = version == self._round and not self._recipe.iterations
+        behaviour = None if is_current or self._follows else lambda: self._holding(version)
         if self._recipe.iterations and self._round in self._plan.iteration_starts[1:]:
             self._engine.forget_moments()
         report = self._updater.learn(collected.groups, self._round, behaviour)

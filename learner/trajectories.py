@@ -158,10 +158,9 @@ class TrajectoryUpdater:
     def _freeze_spin(self, batch: RoundBatch, behaviour: Behaviour | None) -> tuple[Frozen, Tensor]:
         pairs = with_real_trajectories(batch, self._tools.chain, self._recipe.seed)
         now_PGT = self._score_all(pairs)
-        opponent_PGT = now_PGT
-        if behaviour is not None:
-            with behaviour():
-                opponent_PGT = self._score_all(pairs)
+        assert behaviour is not None, "self-play needs its opponent's weights"
+        with behaviour():
+            opponent_PGT = self._score_all(pairs)
         return Frozen(pairs, opponent_PGT, opponent_PGT), now_PGT
 
     def _advantages(self, batch: RoundBatch, settings: PolicyGradient | Ddpo) -> Tensor:

@@ -172,7 +172,8 @@ def _units(
 ) -> Units:
     in_order = sorted(members, key=lambda member: (member[0].ticket_id, member[1]))
     x0 = [torch.stack(latents) for _, _, latents, _ in in_order]
-    empty = torch.zeros(0, num_members, *next(iter(groups[0].arrays.values())).shape[-3:])
+    shape_CHW = next(array.shape[-3:] for name, array in groups[0].arrays.items() if name.endswith("CHW"))
+    empty = torch.zeros(0, num_members, *shape_CHW)
     return Units(
         (torch.stack(x0) if x0 else empty).to(device),
         torch.tensor([weight for *_, weight in in_order], dtype=torch.float64, device=device),

@@ -55,7 +55,8 @@ class Updater(Protocol):
         ...
 
     def learn(self, groups: Sequence[Group], round_: int, behaviour: Behaviour | None) -> UpdateReport:
-        """Takes the round's optimizer steps. `behaviour` is None when the current weights sampled the round."""
+        """Takes the round's optimizer steps. `behaviour` is None when the weights at the round's start sampled it, but
+        never in self-play, whose opponent it is."""
         ...
 
     def state(self) -> dict[str, Any]:

@@ -143,7 +143,8 @@ def derived_numbers(recipe: Recipe) -> dict[str, str]:
             "U-Net forwards to sample a round": f"{rollout_forwards(recipe)}",
         }
     if algorithm.content == "trajectories":
-        items = batch.num_trajectories * sampler.num_scored_steps // learner.world_size
+        per_sample = 2 if isinstance(algorithm, SpinExact) else 1
+        items = batch.num_trajectories * per_sample * sampler.num_scored_steps // learner.world_size
         numbers |= {
             "scored steps of a trajectory": f"{sampler.num_scored_steps} of {sampler.num_steps}",
             "micro-batches of a pass, a rank": f"{math.ceil(items / learner.micro_batch_size)}",

@@ -328,7 +328,7 @@ class Recipe(Section):
         rounds, unless learning rates follow from it.
         """
         place = {"num_cpus", "resources"}
-        has_fixed_end = self.learner.decay == "linear" or bool(self.iterations)
+        has_fixed_end = any(learner.decay == "linear" for learner in self.learners) or bool(self.iterations)
         return self.model_dump(
             mode="json",
             exclude={

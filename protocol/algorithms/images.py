@@ -176,4 +176,4 @@ class Spin(ImageAlgorithm):
         ends = accumulate(iteration.rounds for iteration in self.iterations)
         return next((i for i, end in zip(self.iterations, ends, strict=True) if round_ < end), self.iterations[-1])
 
-    sources: ClassVar[tuple[SourceKind, ...]] = ("images",)
+    sources: ClassVar[tuple[SourceKind, ...]] = ("images", "pairs")

@@ -110,4 +110,4 @@ class SpinExact(Passes):
     """Factor on the trajectory log-ratio, sum_sum; an inner problem solved contracts by 1 - 1/spin_lambda."""
 
     content: ClassVar[Content] = "trajectories"
-    sources: ClassVar[tuple[SourceKind, ...]] = ("images",)
+    sources: ClassVar[tuple[SourceKind, ...]] = ("images", "pairs")

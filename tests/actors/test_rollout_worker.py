@@ -81,9 +81,7 @@ def rollout(policy: Policy, recipe: Recipe, versions: Versions) -> Rollout:
 
 def make_rollout(policy: Policy, recipe: Recipe, versions: Versions, score: Score) -> Rollout:
     chain = Chain(policy, recipe.sampler)
-    return Rollout(
-        chain, GroupMaker(chain, recipe), lambda ticket: versions[ticket.weights_digest], score, "worker"
-    )
+    return Rollout(chain, GroupMaker(chain, recipe), lambda ticket: versions[ticket.weights_digest], score, "worker")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cluster.driver import Status
+from cluster.attempt import Status
 from cluster.progress import (
     BARS,
     TREND_LENGTH,
@@ -118,9 +118,9 @@ def test_a_resumed_run_tells_only_what_is_new(tmp_path: Path, capsys: pytest.Cap
 
 def told_of(*rows: dict[str, Any]) -> tuple[str, str]:
     """The line of the last row, and the live display."""
-    status, console = Status(phase="training", progress=BUSY), Console(file=io.StringIO(), width=100)
-    console.print(panel(RECIPE, list(rows), status))
-    return round_line(RECIPE, list(rows), status), console.file.getvalue()
+    status, shown = Status(phase="training", progress=BUSY), io.StringIO()
+    Console(file=shown, width=100).print(panel(RECIPE, list(rows), status))
+    return round_line(RECIPE, list(rows), status), shown.getvalue()
 
 
 def without(row: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -87,9 +87,7 @@ class Run:
         rollout = Rollout(chain, maker, self._fetch, lambda images, *_: self._scores(images), "w")
         streams = self._open_streams()
         streams.open()
-        rank = LearnerRank(
-            self.recipe, self.plan, self.run_dir, self._open_streams(), self._store, torch.device("cpu")
-        )
+        rank = LearnerRank(self.recipe, self.plan, self.run_dir, self._open_streams(), self._store, torch.device("cpu"))
         thread = threading.Thread(target=self._work, args=(rollout, streams, deliver), daemon=True)
         thread.start()
         try:

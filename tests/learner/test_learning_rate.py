@@ -96,9 +96,15 @@ def test_without_a_decay_a_longer_run_begins_with_the_rates_of_a_shorter_one() -
     assert rates(recipe(9, decay="linear"))[:16] != rates(recipe(4, decay="linear"))
 
 
-@pytest.mark.parametrize("learner", [{}, {"warmup_steps": 3}, {"decay": "linear"}, {"warmup_steps": 3, "decay": "linear"}])
+@pytest.mark.parametrize(
+    "learner", [{}, {"warmup_steps": 3}, {"decay": "linear"}, {"warmup_steps": 3, "decay": "linear"}]
+)
 def test_each_iteration_of_self_play_has_the_rates_of_a_run_of_its_own(learner: dict[str, Any]) -> None:
-    iterations = [{"rounds": 2}, {"rounds": 3, "learning_rate": 5e-4}, {"rounds": 1, "learning_rate": 2e-3}]
+    iterations: list[dict[str, Any]] = [
+        {"rounds": 2},
+        {"rounds": 3, "learning_rate": 5e-4},
+        {"rounds": 1, "learning_rate": 2e-3},
+    ]
     alone = [
         rates(recipe(part["rounds"], (2, 1), **{**learner, "learning_rate": part.get("learning_rate", PEAK)}))
         for part in iterations

@@ -8,7 +8,7 @@ import os
 import random
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ import torch
 
 from actors.makers import GroupMaker
 from actors.rollout import Rollout
-from cluster.redis_server import RedisServer, free_port
+from cluster.redis_server import RedisServer
 from diffusion.chain import Chain
 from diffusion.policy import Policy
-from learner.engine import Engine
 from learner.train import LearnerRank
 from protocol.groups import Group
 from protocol.recipe import Recipe
 from protocol.stream import Claim, Streams
 from protocol.tickets import Source, TicketPlan
+
+pytestmark = pytest.mark.usefixtures("gang_of_one")
 
 ROUNDS = 5
 PROMPTS = ("a red seven", "a blue one", "a green two")
@@ -140,18 +141,6 @@ class Worst:
             streams.append(copy)
         if choice != 3:
             streams.acknowledge(claim)  # Otherwise another makes the same group once more.
-
-
-@pytest.fixture(scope="module", autouse=True)
-def gang_of_one() -> Iterator[None]:
-    """The environment of a rank that is alone. DeepSpeed joins a process group once in a process's life."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**alone, "MASTER_PORT": str(free_port("127.0.0.1"))}.items():
-            patch.setenv(name, value)
-        patch.setattr(Engine, "close", lambda self: None)
-        yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

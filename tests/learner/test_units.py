@@ -52,6 +52,11 @@ def latents(index: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(index).standard_normal((*shape, *SHAPE_CHW)).astype(np.float16)
 
 
+def without(group: Group, name: str) -> Group:
+    """The group less a field."""
+    return replace(group, arrays={key: array for key, array in group.arrays.items() if key != name})
+
+
 def sampled(index: int, rewards: Sequence[float]) -> Group:
     """A prompt's siblings with their rewards."""
     reward_G = np.array(rewards, np.float32)
@@ -155,12 +160,12 @@ def test_states_are_the_units_latents_noised_to_their_timesteps(policy: Policy) 
         assert torch.equal(drawn.states_UKCHW[u], noised(units.x0_UKCHW[u], drawn.noise_UKCHW[u], level))
 
 
-MANY = [image(index) for index in range(1000)]
+MANY = [image(index) for index in range(400)]
 
 
 def test_timesteps_are_uniform_from_the_smallest_to_the_last(policy: Policy) -> None:
     units = single_units(MANY, "best", SEED, CPU)
-    for smallest in (0, 1, 400, 999):
+    for smallest in (0, 400, 999):
         settings = Sft(name="sft", min_tau=smallest)
         drawn = noise_units(units, policy, settings, shared_noise=True, run_seed=SEED, update=0)
         timestep_U = drawn.timestep_UK[: len(drawn), 0].double()
@@ -169,9 +174,8 @@ def test_timesteps_are_uniform_from_the_smallest_to_the_last(policy: Policy) -> 
         error = math.sqrt((number**2 - 1) / 12 / len(MANY))
         assert abs(float(timestep_U.mean()) - (smallest + 999) / 2) <= 4 * error
         assert len(timestep_U.unique()) > 0.6 * min(number, len(MANY))
-        encoded = perception_draws(units, policy, SEED, update=0)[1]
-        assert encoded.min() >= 0
-        assert abs(float(encoded.double().mean()) - 499.5) <= 4 * math.sqrt((1000**2 - 1) / 12 / len(MANY))
+    fresh_U = perception_draws(units, policy, SEED, update=0)[1].double()
+    assert abs(float(fresh_U.mean()) - 499.5) <= 4 * math.sqrt((1000**2 - 1) / 12 / len(MANY))
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.2, 1.0])
@@ -246,11 +250,6 @@ def test_pairs_are_made_of_rewards_with_weights_that_the_normaliser_counts(
     groups = [*GROUPS, sampled(4, (0.5, 0.5, 0.5))]
     settings = Pairs(rule=rule, threshold=1.5 if rule == "threshold" else 0.0)
     units = preference_units(groups, settings, CPU)
-    by_pair = {index: groups[index] for index in (0, 2, 3)}
-    wanted = {
-        (f"000003-{index:04d}", tuple(latent(by_pair[index], "x0_GCHW", g).flatten().tolist() for g in places)[0][0])
-        for index, *places, _ in expected
-    }
     found = [u for u, (ticket_id, _) in enumerate(units.keys) if ticket_id != "000003-0001"]
     assert len(found) == len(expected)
     remaining = list(expected)
@@ -266,13 +265,20 @@ def test_pairs_are_made_of_rewards_with_weights_that_the_normaliser_counts(
         assert float(units.weight_U[u]) == match[3]
         remaining.remove(match)
     assert not remaining
-    assert wanted
     assert len(set(units.keys)) == len(units.keys)
     (given,) = set(range(len(units.keys))) - set(found)
     assert torch.equal(units.x0_UKCHW[given], latent(groups[1], "pair_x0_2CHW"))
     assert float(units.weight_U[given]) == 1.0
     assert units.num_units == num_units == round(float(units.weight_U.sum()))
     assert tuple(units.metrics["pairs/tied"].tolist()) == tied
+
+
+def test_of_whole_trajectories_the_ends_are_the_images() -> None:
+    group = sampled(0, (0.1, 0.9, 0.5))
+    latents_GSCHW = np.stack([latents(50, 3), latents(51, 3), group.array("x0_GCHW")], axis=1)
+    whole = without(replace(group, arrays={**group.arrays, "latents_GSCHW": latents_GSCHW}), "x0_GCHW")
+    for make in (lambda one: single_units([one], "best", SEED, CPU), lambda one: preference_units([one], Pairs(), CPU)):
+        assert torch.equal(make(whole).x0_UKCHW, make(group).x0_UKCHW)
 
 
 def test_self_play_pairs_the_real_image_with_each_of_the_opponents() -> None:
@@ -289,17 +295,11 @@ def test_self_play_pairs_the_real_image_with_each_of_the_opponents() -> None:
 # --- what is missing ------------------------------------------------------------------------------------
 
 
-def without(group: Group, name: str) -> Group:
-    """The group less a field."""
-    return replace(group, arrays={key: array for key, array in group.arrays.items() if key != name})
-
-
 @pytest.mark.parametrize(
     ("groups", "name"),
     [
         ([without(sampled(0, (1, 2)), "reward_G")], "reward_G"),
-        ([without(image(1), "real_x0_CHW")], "real_x0_CHW"),
-        ([image(0), without(sampled(1, (1, 2)), "x0_GCHW")], "real_x0_CHW"),
+        ([image(0), without(sampled(1, (1, 2)), "x0_GCHW")], "x0_GCHW"),
     ],
 )
 def test_a_group_without_the_image_or_reward_to_choose_is_refused_by_name(groups: list[Group], name: str) -> None:
@@ -312,7 +312,7 @@ def test_a_group_without_the_image_or_reward_to_choose_is_refused_by_name(groups
     [
         ([without(sampled(0, (1, 2)), "reward_G")], "reward_G"),
         ([image(1)], "pair_x0_2CHW"),
-        ([pair(0), without(sampled(1, (1, 2)), "x0_GCHW")], "pair_x0_2CHW"),
+        ([pair(0), without(sampled(1, (1, 2)), "x0_GCHW")], "x0_GCHW"),
     ],
 )
 def test_a_group_without_a_pair_is_refused_by_name(groups: list[Group], name: str) -> None:

@@ -39,7 +39,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with what the published recipes ask their reader to bring."""
     (tmp_path / "my_reward.py").touch()
     (tmp_path / "my_prompts.txt").write_text("a fox\n")
-    for folder in ("my_winners", "my_images"):
+    for folder in ("my_images",):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "metadata.jsonl").touch()
     monkeypatch.chdir(tmp_path)
@@ -65,7 +65,7 @@ def test_a_dry_run_passes_once_the_reader_has_brought_what_the_recipe_asks_for(
     desk: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     assert run_command_line(["train", f"recipes/{name}.yaml", "--dry-run"]) == 0, capsys.readouterr().err
-    assert sorted(path.name for path in desk.iterdir()) == ["my_images", "my_prompts.txt", "my_reward.py", "my_winners"]
+    assert sorted(path.name for path in desk.iterdir()) == ["my_images", "my_prompts.txt", "my_reward.py"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -62,6 +62,12 @@ def spin(**changes: Any) -> dict[str, Any]:
     return {"name": "spin", "iterations": iterations, **changes}
 
 
+def prdp_of(recipe: Recipe) -> Prdp:
+    """The settings of a recipe whose algorithm is PRDP."""
+    assert isinstance(recipe.algorithm, Prdp)
+    return recipe.algorithm
+
+
 def refusal(changed: dict[str, Any]) -> str:
     """The message with which a document is refused."""
     with pytest.raises(RecipeError) as error:
@@ -106,6 +112,10 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
         ({"model": {"trainable": {"form": "lora", "rnk": 4}}}, "model.trainable.rnk", "rank", ("alpha", "targets")),
         ({"model": {"trainable": {"form": "full", "rank": 4}}}, "model.trainable.rank", None, ("form",)),
         ({"rewards": [{"name": "a", "wieght": 1}]}, "rewards.0.wieght", "weight", ("replicas", "kwargs")),
+        (
+            {"followers": [{"name": "other", "algorithm": dpo(bata_full=1)}]},
+            *("followers.0.algorithm.bata_full", "beta_full", ("pairs",)),
+        ),
         ({"full": 1}, "full", None, ("rounds", "model")),
     ],
     ids=str,
@@ -253,7 +263,7 @@ def test_numbers_that_cannot_run_are_refused_with_what_value_and_expected(
 
 def test_a_window_may_be_absent_or_zero_but_must_be_chosen() -> None:
     for clip_eps in (None, 0, 1e-6):
-        assert parse_recipe(document(algorithm=prdp(clip_eps=clip_eps)), source="").algorithm.clip_eps == clip_eps
+        assert prdp_of(parse_recipe(document(algorithm=prdp(clip_eps=clip_eps)), source="")).clip_eps == clip_eps
     without = {key: value for key, value in prdp().items() if key != "clip_eps"}
     assert "algorithm.clip_eps is missing" in refusal(document(algorithm=without))
 
@@ -298,7 +308,7 @@ def test_overrides_reach_any_depth_and_lists(tmp_path: Path) -> None:
     assert recipe.rewards[0].weight == 2
     assert recipe.rewards[0].kwargs == {"size": [1, 2]}
     assert recipe.model.trainable.form == "full"
-    assert recipe.algorithm.clip_eps is None
+    assert prdp_of(recipe).clip_eps is None
     assert recipe.redis.url == "redis://host:6379/0"
 
 
@@ -316,7 +326,7 @@ def test_the_later_override_wins(tmp_path: Path) -> None:
 def test_numbers_in_exponent_notation_are_numbers(tmp_path_factory: pytest.TempPathFactory, value: float) -> None:
     """YAML 1.1 reads 1e-4, without a dot, as text."""
     recipe = load(tmp_path_factory.mktemp("recipe"), f"algorithm.kl_weight={value:.0e}")
-    assert recipe.algorithm.kl_weight == float(f"{value:.0e}")
+    assert prdp_of(recipe).kl_weight == float(f"{value:.0e}")
 
 
 @pytest.mark.parametrize("override", ["", "rounds", "=3"])
@@ -447,6 +457,8 @@ def test_what_weights_do_not_depend_on_is_no_part_of_a_recipes_identity(override
         "algorithm.tie_policy=drop",
         "algorithm.loss_scale=none",
         "algorithm={name: policy_gradient, clip_range: null}",
+        "behaviour=base",
+        "followers=[{name: other, algorithm: {name: sft}}]",
         "prompts.weight=2",
         "learner.decay=linear",
         "learner.warmup_steps=1",
@@ -487,6 +499,14 @@ def test_the_number_of_rounds_is_part_of_the_identity_where_learning_rates_follo
     decaying = [load_recipe(TINY, ["learner.decay=linear", f"rounds={rounds}"]).identity() for rounds in (3, 4)]
     assert decaying[0] != decaying[1]
     assert decaying[0] == load_recipe(TINY, ["learner.decay=linear", "rounds=3", "rollouts=9"]).identity()
+
+
+def test_a_followers_learning_rates_count_as_well() -> None:
+    constant = "followers=[{name: other, algorithm: {name: sft}}]"
+    decaying = "followers=[{name: other, algorithm: {name: sft}, learner: {decay: linear}}]"
+    for followers, is_fixed in ((constant, False), (decaying, True)):
+        identities = [load_recipe(TINY, [followers, f"rounds={rounds}"]).identity() for rounds in (3, 4)]
+        assert (identities[0] != identities[1]) == is_fixed
 
 
 def test_the_identity_of_self_play_has_the_rounds_of_its_iterations() -> None:

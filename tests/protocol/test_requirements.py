@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from protocol.algorithms import SourceKind
 from protocol.errors import RecipeError
 from protocol.recipe import Recipe
 from protocol.recipe_file import parse_recipe
@@ -33,16 +34,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """The least that each algorithm must be given."""
 
-LEARNS_FROM = {
+LEARNS_FROM: dict[SourceKind, set[str]] = {
     "prompts": {*SETTINGS} - {"spin", "spin_exact"},
     "images": {"sft", "ncp_sft", "spin", "spin_exact", "sharpening_sft", "sharpening_rlhf"},
     "pairs": {"sft", "ncp_sft", "dpo", "ncp_dpo", "cpo", "ncp_cpo"},
 }
 """Which algorithms can learn from a source."""
 
-SOURCES = {"prompts": {"prompts": PROMPTS}, "images": {"data": [IMAGES]}, "pairs": {"data": [PAIRS]}}
+SOURCES: dict[SourceKind, dict[str, Any]] = {
+    "prompts": {"prompts": PROMPTS},
+    "images": {"data": [IMAGES]},
+    "pairs": {"data": [PAIRS]},
+}
 NOT_SCORED = {"sft", "ncp_sft", "dpo", "ncp_dpo", "cpo", "ncp_cpo", "spin", "spin_exact"}
 """Algorithms that need no reward where they learn from data alone."""
+
+PLAYERS = ("spin", "spin_exact")
+"""Algorithms that play against their own former weights."""
 
 
 def document(name: str, **changes: Any) -> dict[str, Any]:
@@ -52,7 +60,7 @@ def document(name: str, **changes: Any) -> dict[str, Any]:
     return {**whole, "algorithm": algorithm, **changes}
 
 
-def recipe(name: str, source: str | None = None, **changes: Any) -> Recipe:
+def recipe(name: str, source: SourceKind | None = None, **changes: Any) -> Recipe:
     """The same as a recipe, from the given source or the first that the algorithm can learn from."""
     source = source or next(kind for kind, names in LEARNS_FROM.items() if name in names)
     return parse_recipe({**document(name, **changes), **SOURCES[source]}, source="a test")
@@ -68,7 +76,9 @@ def refusal(whole: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("source", SOURCES)
-def test_each_algorithm_learns_from_the_sources_that_it_can_and_refuses_the_others(name: str, source: str) -> None:
+def test_each_algorithm_learns_from_the_sources_that_it_can_and_refuses_the_others(
+    name: str, source: SourceKind
+) -> None:
     whole = {**document(name), **SOURCES[source]}
     if name in LEARNS_FROM[source]:
         assert not list(problems(parse_recipe(whole, source="a test")))
@@ -87,12 +97,14 @@ def test_without_any_source_there_is_nothing_to_learn_from(name: str) -> None:
 def test_one_wrong_source_among_others_is_refused() -> None:
     whole = {**document("sft"), "prompts": PROMPTS, "data": [IMAGES, PAIRS]}
     assert parse_recipe(whole, source="a test").source_kinds == ("prompts", "images", "pairs")
-    assert "dpo cannot learn from a dataset of images" in refusal({**whole, "algorithm": {"name": "dpo", **SETTINGS["dpo"]}})
+    assert "dpo cannot learn from a dataset of images" in refusal(
+        {**whole, "algorithm": {"name": "dpo", **SETTINGS["dpo"]}}
+    )
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("source", SOURCES)
-def test_rewards_are_needed_where_something_is_learnt_by_them(name: str, source: str) -> None:
+def test_rewards_are_needed_where_something_is_learnt_by_them(name: str, source: SourceKind) -> None:
     if name not in LEARNS_FROM[source]:
         return
     whole = {**document(name, rewards=[]), **SOURCES[source]}
@@ -157,7 +169,9 @@ def test_candidates_of_one_photograph_must_differ_and_be_told_apart(name: str) -
     assert told.startswith("algorithm.select_on: final_x0 gives all candidates of one dataset image the same score;")
     for noise in ("shared", "coupled"):
         told = refusal({**document(name, algorithm={"excursion": {"noise": noise}}), **SOURCES["images"]})
-        assert told.startswith(f"algorithm.excursion.noise: {noise}, but candidates of one dataset image differ only by")
+        assert told.startswith(
+            f"algorithm.excursion.noise: {noise}, but candidates of one dataset image differ only by"
+        )
         assert told.endswith("use fresh.")
     for changes in ({"select_on": "final_x0"}, {"excursion": {"noise": "shared"}}, {"excursion": {"noise": "coupled"}}):
         assert recipe(name, "prompts", algorithm=changes).algorithm.name == name
@@ -175,6 +189,74 @@ def test_perceptual_errors_are_refused_in_bf16(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+def test_the_base_model_cannot_sample_for_who_needs_samples_of_its_own(name: str) -> None:
+    if name in ("prdp", "sft", "ncp_sft", "dpo", "ncp_dpo", "cpo", "ncp_cpo"):
+        assert recipe(name, behaviour="base").behaviour == "base"
+        return
+    told = refusal({**document(name, behaviour="base"), **SOURCES["prompts" if name not in PLAYERS else "images"]})
+    assert told == f"behaviour: base, but {name} needs samples of the weights that it trains."
+
+
+def in_company(name: str, *others: str, source: SourceKind = "prompts", **changes: Any) -> dict[str, Any]:
+    """A recipe whose groups other algorithms learn from as well, under their own names."""
+    followers = [{"name": other, "algorithm": {"name": other, **SETTINGS[other]}} for other in others]
+    return {**document(name, followers=followers, **changes), **SOURCES[source]}
+
+
+@pytest.mark.parametrize(("first", "other"), [("prdp", "dpo"), ("dpo", "prdp"), ("policy_gradient", "ncp_sft")])
+def test_who_learns_from_other_weights_samples_may_follow(first: str, other: str) -> None:
+    both = parse_recipe(in_company(first, other), source="a test")
+    assert [algorithm.name for algorithm in both.algorithms] == [first, other]
+    assert both.of_follower(other).algorithm.name == other
+
+
+@pytest.mark.parametrize(("first", "other"), [("sharpening_sft", "sft"), ("sft", "sharpening_sft")])
+def test_groups_are_images_or_excursions_but_not_both(first: str, other: str) -> None:
+    told = refusal(in_company(first, other))
+    assert told.endswith(f"{other} and {first} would need groups of two kinds; excursions must be the same.")
+
+
+def test_excursions_are_shared_if_they_are_the_same() -> None:
+    whole = in_company("sharpening_sft", "sharpening_rlhf")
+    assert len(parse_recipe(whole, source="a test").algorithms) == 2
+    whole["followers"][0]["algorithm"]["excursion"] = {"noise": "shared"}
+    assert refusal(whole) == (
+        "followers, sharpening_rlhf: sharpening_rlhf and sharpening_sft would need groups of two kinds; excursions "
+        "must be the same."
+    )
+
+
+@pytest.mark.parametrize("name", ["policy_gradient", "ddpo"])
+def test_who_needs_samples_of_its_own_cannot_follow(name: str) -> None:
+    assert refusal(in_company("prdp", name)) == (
+        f"followers, {name}: {name} is on-policy, but its groups are sampled with the first learner's weights."
+    )
+
+
+@pytest.mark.parametrize("name", PLAYERS)
+def test_who_plays_against_itself_cannot_follow(name: str) -> None:
+    told = refusal(in_company("sft", name, source="images"))
+    assert told.startswith(f"followers, {name}: {name} needs its own opponent's images")
+
+
+def test_a_followers_own_problems_are_told_under_its_name() -> None:
+    assert refusal(in_company("sft", "dpo", batch={"num_groups": 8, "group_size": 1})) == (
+        "followers, dpo: batch.group_size: 1; dpo compares siblings and needs at least 2."
+    )
+    assert refusal(in_company("sft", "dpo", source="images")).startswith("followers, dpo: algorithm dpo cannot learn")
+
+
+def test_followers_have_names_of_their_own() -> None:
+    assert refusal(in_company("prdp", "sft", "dpo", "sft")) == "followers: two have one name: dpo, sft, sft."
+
+
+def test_learners_that_resume_together_keep_two_checkpoints() -> None:
+    told = refusal(in_company("prdp", "dpo", checkpoints={"keep_last": 1}))
+    assert told.startswith("checkpoints.keep_last: 1, but learners that resume together need 2")
+    assert recipe("prdp", checkpoints={"keep_last": 1}).checkpoints.keep_last == 1
+
+
+@pytest.mark.parametrize("name", SETTINGS)
 def test_only_self_play_and_excursions_sample_for_a_datasets_rows(name: str) -> None:
     sampling = ("spin", "spin_exact", "sharpening_sft", "sharpening_rlhf")
     found = {kind: is_sampled(recipe(name, kind), kind) for kind in SOURCES if name in LEARNS_FROM[kind]}
@@ -186,7 +268,12 @@ def test_only_self_play_and_excursions_sample_for_a_datasets_rows(name: str) -> 
     [
         ("cpo", {"sft_weight": 0}, {"sft_weight": 0.1}, "nothing bounds the loser's error"),
         ("ncp_cpo", {"sft_weight": 0}, {"sft_weight": 0.1}, "nothing bounds the loser's error"),
-        ("spin_exact", {"spin_lambda": 0.49}, {"spin_lambda": 0.5}, "spin_lambda is 0.49: below 1/2 iterations diverge"),
+        (
+            "spin_exact",
+            {"spin_lambda": 0.49},
+            {"spin_lambda": 0.5},
+            "spin_lambda is 0.49: below 1/2 iterations diverge",
+        ),
     ],
 )
 def test_odd_settings_of_an_algorithm_are_noted(

@@ -186,8 +186,8 @@ def test_no_row_comes_twice_in_a_pass(plan: TicketPlan) -> None:
 def test_every_row_of_every_source_comes_equally_often_in_the_long_run() -> None:
     num_rounds = 600
     counts: Counter[tuple[int, int]] = Counter()
-    for (source, _), rows in rows_by_pass(MIXTURE, num_rounds).items():
-        counts.update((source, row) for row in rows)
+    for (number, _), rows in rows_by_pass(MIXTURE, num_rounds).items():
+        counts.update((number, row) for row in rows)
     for number, (source, share) in enumerate(zip(MIXTURE.sources, (1 / 8, 2 / 8, 5 / 8), strict=True)):
         mean = num_rounds * MIXTURE.num_groups * share / len(source.rows)
         assert all(abs(counts[number, row] - mean) < 5 * mean**0.5 for row in source.rows)
@@ -212,6 +212,19 @@ def test_a_round_of_self_play_is_sampled_with_the_weights_at_its_iterations_star
     assert [plan.version_of(round_) for round_ in range(8)] == [0, 0, 2, 2, 2, 5, 5, 5]
     assert [plan.iteration_of(round_) for round_ in range(8)] == [0, 0, 1, 1, 1, 2, 2, 2]
     assert [plan.ticket(round_, 3, DIGEST).version for round_ in range(8)] == [0, 0, 2, 2, 2, 5, 5, 5]
+
+
+@pytest.mark.parametrize("plan", [MIXTURE, SELF_PLAY])
+def test_the_base_model_samples_everything_if_it_is_told_to(plan: TicketPlan) -> None:
+    plan = dataclasses.replace(plan, from_base=True, lag=2)
+    assert {plan.ticket(round_, 0, DIGEST).version for round_ in range(8)} == {0}
+    assert [version for version in range(8) if plan.is_sampled_with(version)] == [0]
+    assert [plan.kept_versions(round_) for round_ in range(4)] == [[0], [0, 1], [0, 2], [0, 3]]
+
+
+def test_whose_weights_sample_changes_neither_prompts_nor_seeds() -> None:
+    ours, theirs = MIXTURE.round(7, DIGEST), dataclasses.replace(MIXTURE, from_base=True).round(7, DIGEST)
+    assert [dataclasses.replace(ticket, version=6) for ticket in theirs] == ours
 
 
 def test_without_self_play_there_is_one_iteration() -> None:
