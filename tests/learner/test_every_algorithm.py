@@ -422,7 +422,7 @@ def test_a_round_in_which_all_rewards_tie_takes_no_step_and_is_counted(desk: Des
 # --- killed and resumed ---------------------------------------------------------------------------------
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """What ends a learner in the middle of a run."""
 
 
@@ -433,11 +433,12 @@ def train_and_kill(run: Run, after_rounds: int) -> None:
     def publish_and_die(rank: LearnerRank, version: int) -> None:
         publish(rank, version)
         if version == after_rounds:
-            raise Killed
+            raise KilledError
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LearnerRank, "_publish", publish_and_die)
-        run.train()
+        with pytest.raises(KilledError):
+            run.train()
 
 
 @pytest.fixture
