@@ -23,7 +23,8 @@ from learner.engine import Engine
 from learner.journal import Journal, ledger_row, metrics_row
 from learner.probes import Costs
 from learner.receipts import Receipt
-from learner.update import Tools, UpdateReport, make_updater
+from learner.update import Tools, UpdateReport
+from learner.updaters import make_updater
 from learner.versions import Versions, VersionStore, copy_state
 from protocol.errors import RedisError, TrainingError
 from protocol.recipe import Recipe

@@ -105,18 +105,3 @@ class Tools:
         """Returns one of the equal, contiguous parts that a pass over the round is split into."""
         size = len(groups) // self.recipe.algorithm.inner_minibatches
         return groups[part * size : (part + 1) * size]
-
-
-def make_updater(tools: Tools) -> Updater:
-    """Returns what applies the recipe's algorithm."""
-    from learner.excursions import ExcursionUpdater
-    from learner.images import ImageUpdater
-    from learner.trajectories import TrajectoryUpdater
-
-    match tools.recipe.algorithm.content:
-        case "trajectories":
-            return TrajectoryUpdater(tools)
-        case "images":
-            return ImageUpdater(tools)
-        case "excursions":
-            return ExcursionUpdater(tools)

@@ -142,6 +142,38 @@ def test_an_error_under_the_reference_leaves_the_adapters_on(tiny_model: str) ->
     assert torch.equal(predict(policy), trained)
 
 
+def test_switching_adapters_may_be_nested(tiny_model: str) -> None:
+    """A perceptual encoder of live weights is asked for features while the reference is in use."""
+    policy = load(tiny_model)
+    base = predict(policy)
+    train_a_little(policy)
+    trained = predict(policy)
+    assert not torch.equal(trained, base)
+    with policy.reference(policy.unet):
+        with policy.adapters(enabled=True):
+            assert torch.equal(predict(policy), trained)
+            with policy.adapters(enabled=False):
+                assert torch.equal(predict(policy), base)
+            assert torch.equal(predict(policy), trained)
+        assert torch.equal(predict(policy), base)
+    assert torch.equal(predict(policy), trained)
+
+
+@torch.no_grad()
+def test_predicted_noise_is_the_conditional_branchs_whatever_the_network_predicts(
+    tiny_model: str, tiny_velocity_model: str
+) -> None:
+    epsilon, velocity = load(tiny_model), load(tiny_velocity_model)
+    states, timesteps, embeddings = items(epsilon)
+    output = predict(epsilon)
+    assert torch.equal(epsilon.predict_noise(epsilon.unet, states, timesteps, embeddings), output)
+    # v = A noise - S x0 and x = A x0 + S noise, so noise = A v + S x; the two models' networks are the same.
+    alpha_bar = epsilon.alpha_bar.double()[timesteps].view(-1, 1, 1, 1)
+    expected = alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * states
+    found = velocity.predict_noise(velocity.unet, states, timesteps, embeddings)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_only_the_trainable_part_takes_gradients(tiny_model: str) -> None:
     lora = load(tiny_model)
     assert all("lora" in name for name in lora.trainable_state())
@@ -199,6 +231,24 @@ def test_images_are_those_of_the_diffusers_pipeline(tiny_model: str) -> None:
         decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     theirs = pipeline.image_processor.postprocess(decoded, output_type="pil")
     assert np.array_equal(policy.decode(latents), np.stack([np.asarray(image) for image in theirs]))
+
+
+def test_latents_of_images_are_those_of_the_diffusers_autoencoder_each_by_itself(tiny_model: str) -> None:
+    policy = load(tiny_model)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    side = policy.image_side
+    assert side == pipeline.vae_scale_factor * pipeline.unet.config.sample_size == 16
+    images = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
+    mean_NCHW, std_NCHW = policy.encode(images)
+    with torch.no_grad():
+        theirs = pipeline.vae.encode(pipeline.image_processor.preprocess(images / 255.0).float()).latent_dist
+    scale = pipeline.vae.config.scaling_factor
+    torch.testing.assert_close(mean_NCHW, theirs.mean * scale, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(std_NCHW, theirs.std * scale, rtol=1e-4, atol=1e-5)
+    for number in range(3):
+        alone = policy.encode(images[number][None])
+        assert torch.equal(alone[0][0], mean_NCHW[number])
+        assert torch.equal(alone[1][0], std_NCHW[number])
 
 
 @pytest.mark.parametrize("trainable", [Lora(rank=2, alpha=2.0), Full(form="full")])
@@ -270,6 +320,8 @@ def test_the_prediction_type_and_schedule_are_the_models_own(tiny_model: str, ti
     velocity = load(tiny_velocity_model)
     assert velocity.prediction_type == "v_prediction"
     assert velocity.schedule(Sampler(num_steps=5)).timestep_N.tolist() == [801, 601, 401, 201, 1]
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_model).scheduler.alphas_cumprod
+    assert torch.equal(load(tiny_model).alpha_bar, theirs)
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "unet", "vae", "scheduler"])

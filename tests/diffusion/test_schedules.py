@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.kernels import transition
-from diffusion.schedules import StepConstants, make_schedule
+from diffusion.schedules import StepConstants, make_schedule, noise_level
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample")
@@ -86,6 +86,17 @@ def test_ddpm_ancestral_over_all_timesteps_is_diffusers_small_variance() -> None
         ).next_state_NCHW
         # diffusers floors the variance at 1e-20 and rounds alphas to fp32.
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_noise_levels_are_those_of_the_forward_process_and_of_a_chains_steps() -> None:
+    alpha_bar, constants = ddim_scheduler().alphas_cumprod, schedule_of(ddim_scheduler(num_steps=50))
+    level = noise_level(alpha_bar, constants.timestep_N)
+    assert torch.equal(level.signal_N, constants.signal_N)
+    assert torch.equal(level.noise_N, constants.noise_N)
+    torch.testing.assert_close(level.signal_N**2, alpha_bar.double()[constants.timestep_N], rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        level.signal_N**2 + level.noise_N**2, torch.ones_like(level.signal_N), rtol=0, atol=1e-12
+    )
 
 
 def test_time_runs_from_noise_to_image() -> None:

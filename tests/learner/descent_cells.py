@@ -22,7 +22,8 @@ from actors.makers import GroupMaker
 from diffusion.chain import Chain
 from diffusion.policy import Policy
 from learner.engine import Engine
-from learner.update import Tools, make_updater
+from learner.update import Tools
+from learner.updaters import make_updater
 from protocol.groups import Group
 from protocol.recipe import Recipe
 from protocol.tickets import Source, Ticket, TicketPlan

@@ -62,8 +62,8 @@ def document(name: str, **changes: Any) -> dict[str, Any]:
 
 def recipe(name: str, source: SourceKind | None = None, **changes: Any) -> Recipe:
     """The same as a recipe, from the given source or the first that the algorithm can learn from."""
-    source = source or next(kind for kind, names in LEARNS_FROM.items() if name in names)
-    return parse_recipe({**document(name, **changes), **SOURCES[source]}, source="a test")
+    first = next(kind for kind, names in LEARNS_FROM.items() if name in names)
+    return parse_recipe({**document(name, **changes), **SOURCES[source or first]}, source="a test")
 
 
 def refusal(whole: dict[str, Any]) -> str:
@@ -83,7 +83,11 @@ def test_each_algorithm_learns_from_the_sources_that_it_can_and_refuses_the_othe
     if name in LEARNS_FROM[source]:
         assert not list(problems(parse_recipe(whole, source="a test")))
         return
-    told = {"prompts": "prompts.train", "images": "a dataset of images in data", "pairs": "a dataset of preference"}
+    told: dict[SourceKind, str] = {
+        "prompts": "prompts.train",
+        "images": "a dataset of images in data",
+        "pairs": "a dataset of preference",
+    }
     assert f"algorithm {name} cannot learn from {told[source]}" in refusal(whole)
     needed = refusal(whole).split("it needs ")[1]
     assert all((words in needed) == (name in LEARNS_FROM[kind]) for kind, words in told.items())
