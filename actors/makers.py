@@ -85,7 +85,7 @@ class GroupMaker:
         elif reencodes:
             assert images is not None
             # Latents as they were drawn would tell an opponent's image from an encoded photograph at a glance.
-            arrays = {"x0_GCHW": self._draw(self._chain.policy.encode(images), ticket.seeds_G)}
+            arrays = {"x0_GCHW": self._draw(self._chain.policy.encode(images), ticket.seeds_G, first_number=1)}
         else:
             arrays = {"x0_GCHW": drawn.latents_GSCHW[:, -1].numpy()}
         num_images = 0 if images is None else len(images)
@@ -126,10 +126,11 @@ class GroupMaker:
         # Self-play plays against a pair's winner.
         return {"real_x0_CHW": encoded_NCHW[0]}
 
-    def _draw(self, moments: Moments, seeds_G: Sequence[int]) -> np.ndarray:
-        """Returns latents drawn from the autoencoder's posteriors, each by a key of its own, in the wire's dtype."""
+    def _draw(self, moments: Moments, seeds_G: Sequence[int], first_number: int = 0) -> np.ndarray:
+        """Returns latents drawn from the autoencoder's posteriors, each by a key of its own, in the wire's dtype. A
+        ticket's images are numbered, its real ones first."""
         mean_NCHW, std_NCHW = moments
-        keys = [(seeds_G[number % len(seeds_G)], number) for number in range(len(mean_NCHW))]
+        keys = [(seeds_G[n % len(seeds_G)], first_number + n) for n in range(len(mean_NCHW))]
         noises = [normal(derive_seed(seed, Purpose.POSTERIOR, number), mean_NCHW.shape[1:]) for seed, number in keys]
         latents: np.ndarray = (mean_NCHW + std_NCHW * torch.stack(noises)).to(self._chain.wire_dtype).numpy()
         return latents

@@ -22,7 +22,7 @@ from tests.end_to_end.runs import Run, sfumato
 
 METRICS = {
     *("round", "step", "version", "reward/mean", "reward/jpeg_compressibility", "loss", "kl", "grad_norm"),
-    *("clip_fraction", "parity/max_abs", "time/rollout_s", "time/learner_s", "time/wait_s"),
+    *("learning_rate", "clip_fraction", "parity/max_abs", "time/rollout_s", "time/learner_s", "time/wait_s"),
     *("groups/duplicate", "groups/reissued", "groups/dead_letter"),
 }
 LATE = ("rounds=6", "lag=1", "learner.world_size=2")
