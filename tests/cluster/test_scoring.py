@@ -87,7 +87,7 @@ def pools(rewards: Path) -> Iterator[Any]:
         return started
 
     yield start
-    launch.stop_actors([actor for pool in started for actor in pool.actors], None)
+    launch.stop_actors([actor for pool in started for actor in pool.actors], [])
 
 
 def test_each_reward_is_kept_beside_the_weighted_sum(pools: Any) -> None:

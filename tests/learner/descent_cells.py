@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from learner.engine import Engine
 from learner.update import Tools
 from learner.updaters import make_updater
 from protocol.groups import Group
-from protocol.recipe import Recipe
+from protocol.recipe import Lora, Recipe
 from protocol.tickets import Source, Ticket, TicketPlan
 
 PROMPTS = ("a red seven", "a blue one", "a green two")
@@ -65,31 +66,33 @@ class Cell:
 DPO = {"name": "dpo", "beta_full": 100}
 NCP_DPO = {"name": "ncp_dpo", "beta_full": 1e4}
 GRADIENT = {"name": "policy_gradient", "advantage": "centred", "clip_range": None}
-SHARPENING = {"name": "sharpening_rlhf", "beta_full": 100, "excursion": {"noise": "shared"}}
 
 CELLS = {
     "dpo_stage0": Cell(0, DPO, (3, 0)),
     "dpo_stage3": Cell(3, DPO, (3, 0)),
-    "ncp_dpo_stage3": Cell(3, NCP_DPO, (3, 1)),
-    "ncp_dpo_none_stage3": Cell(3, NCP_DPO, (0, 2)),
+    "ncp_dpo_stage3": Cell(3, NCP_DPO, (1, 3)),
     "policy_gradient_stage3": Cell(3, GRADIENT, (3, 0)),
-    "sharpening_stage2": Cell(2, SHARPENING, (1, 3)),
 }
 
 
-def make_groups(cell: Cell, model: str) -> list[Group]:
-    """All groups of a round, sampled with the base's weights."""
+@cache
+def base(model: str) -> Policy:
+    """The weights that all groups are sampled with."""
+    return Policy(model, trainable=Lora(rank=2), seed=0)
+
+
+def make_groups(cell: Cell, model: str, rank: int, world_size: int) -> list[Group]:
+    """A rank's groups of a round."""
     recipe = cell.recipe(model, 1)
-    chain = Chain(Policy.from_recipe(recipe), recipe.sampler)
+    chain = Chain(base(model), recipe.sampler)
     maker = GroupMaker(chain, recipe)
     plan = TicketPlan(recipe.seed, (Source.of_prompts(PROMPTS),), NUM_GROUPS, GROUP_SIZE, recipe.lag)
-    return [_group(maker, cell, ticket) for ticket in plan.round(0, "")]
+    return [_group(maker, cell, ticket) for ticket in plan.round(0, "") if ticket.index % world_size == rank]
 
 
 def _group(maker: GroupMaker, cell: Cell, ticket: Ticket) -> Group:
     made = maker.make(ticket, lambda: None)
-    reward_G = cell.reward_G(ticket.index)
-    arrays = made.with_scores({"reward_G": np.repeat(reward_G, made.num_states or 1)})
+    arrays = made.with_scores({"reward_G": cell.reward_G(ticket.index)})
     about = ("sampler", "fingerprint", "worker", 0.0, 0.0, made.num_images)
     return Group(ticket.ticket_id, 0, ticket.index, ticket.prompt, 0, "", *about, arrays=dict(sorted(arrays.items())))
 
@@ -107,8 +110,7 @@ def learn(cell: Cell, model: str, world_size: int, groups: Sequence[Group]) -> t
 
 def learn_alone(cell: Cell, model: str) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
     """What one rank makes of all groups: its weights before and after, and the losses."""
-    start = Policy.from_recipe(cell.recipe(model, 1), with_decoder=False).trainable_state()
-    return start, *learn(cell, model, 1, make_groups(cell, model))
+    return base(model).trainable_state(), *learn(cell, model, 1, make_groups(cell, model, 0, 1))
 
 
 def main() -> None:
@@ -118,8 +120,7 @@ def main() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     for name, cell in CELLS.items():
-        groups = [group for group in make_groups(cell, model) if group.index % 2 == int(rank)]
-        weights, losses = learn(cell, model, 2, groups)
+        weights, losses = learn(cell, model, 2, make_groups(cell, model, int(rank), 2))
         if rank == "0":
             save_file({**weights, "losses": torch.tensor(losses)}, Path(folder) / f"{name}.safetensors")
     torch.distributed.destroy_process_group()
