@@ -23,7 +23,9 @@ def prepare_sources(recipe: Recipe, run_dir: Path, tell: Callable[[str], None]) 
     RecipeError."""
     prompts = run_dir / PROMPTS
     if recipe.prompts.train is not None and not prompts.exists():
-        prompts.write_bytes(find_file(recipe.prompts.train).read_bytes())
+        draft = prompts.with_name(f".tmp-{PROMPTS}")
+        draft.write_bytes(find_file(recipe.prompts.train).read_bytes())
+        draft.replace(prompts)
     for number, dataset in enumerate(recipe.data):
         if not manifest_path(run_dir, number).exists():
             _scan(dataset, manifest_path(run_dir, number), tell)

@@ -73,7 +73,7 @@ class Descent:
         values = [self.score(probe, denoiser, items, value) for items in batches]
         for _ in range(self._most(len(batches)) - len(batches)):
             probe(denoiser, probe.filler_1K)
-        return torch.cat(values) if values else torch.zeros(0, *probe.value_shape)
+        return torch.cat(values) if values else self._no_values(probe)
 
     def score(self, probe: Probe, denoiser: Denoiser, item_NK: Tensor, value: Evaluate | None = None) -> Tensor:
         """Returns one micro-batch's values, with a graph unless switched off."""
@@ -106,7 +106,7 @@ class Descent:
 
         items_N1 = torch.arange(num_units)[:, None]
         # Of no unit the loss is 0, but every rank then knows the metrics' names.
-        totals.add(*loss(torch.zeros(0, *probe.value_shape), items_N1[:0, 0]))
+        totals.add(*loss(self._no_values(probe), items_N1[:0, 0]))
         norm = self._apply(probe, [functools.partial(part, items) for items in self.batches(probe, items_N1)])
         self.costs.unet_backward += num_units * probe.width * probe.num_branches
         self._refuse_non_finite(totals.loss)
@@ -124,6 +124,9 @@ class Descent:
         norm = self._engine.apply([*losses, *[idle] * (num_passes - len(losses))])
         self._refuse_non_finite(torch.tensor(norm))
         return norm
+
+    def _no_values(self, probe: Probe) -> Tensor:
+        return torch.zeros(0, *probe.value_shape, device=self._engine.device)
 
     def _most(self, number: int) -> int:
         return int(self._engine.max(torch.tensor(float(number))))

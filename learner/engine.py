@@ -57,6 +57,11 @@ class Engine:
         return dist.get_world_size()
 
     @property
+    def device(self) -> torch.device:
+        """Where this rank's tensors live."""
+        return self._device
+
+    @property
     def denoiser(self) -> Callable[..., Any]:
         """The wrapped module, to be called like the module itself."""
         engine: Callable[..., Any] = self._engine
@@ -85,7 +90,7 @@ class Engine:
 
     def forget_moments(self) -> None:
         """Starts AdamW afresh: moments and step count are 0 again. Every rank calls it."""
-        if not self._base_optimizer.state:
+        if not self._has_moments:
             return
         for _, parameter in self._trained():
             for part in MOMENTS:
@@ -183,9 +188,16 @@ class Engine:
         base: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         return base
 
+    @property
+    def _has_moments(self) -> bool:
+        """False until AdamW's first step, which makes them."""
+        return any(self._base_optimizer.state.values())
+
     def _read_whole(self, parameter: nn.Parameter, part: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        if part in MOMENTS and not self._has_moments:
+            return torch.zeros_like(self._read_whole(parameter, MASTER))
         if self._settings.sharded_stage == 0:
             return parameter.data if part == MASTER else self._base_optimizer.state[parameter][part]
         if part == MASTER:

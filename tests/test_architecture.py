@@ -206,7 +206,7 @@ def test_every_algorithm_is_handled_by_the_updater_of_its_content_and_by_no_othe
 
 
 def test_every_updater_can_be_made() -> None:
-    (made,) = (module for module in modules() if module.path == "learner/update.py")
+    (made,) = (module for module in modules() if module.path == "learner/updaters.py")
     imported = {name for _, name in imports(made)}
     assert imported >= {f"learner.{content}" for content in get_args(Content)}
 

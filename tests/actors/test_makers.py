@@ -146,6 +146,8 @@ TABLE = {
     "images, self-play, scored": (ON_SCORED_IMAGES, SPIN, Expected({**OWN, **REAL}, G, None, G, T)),
     "images, excursions": (ON_SCORED_IMAGES, SHARPENING_SFT, Expected(EXCURSIONS, G * M, M, G * M, M)),
     "pairs, images": (ON_PAIRS, DPO, Expected({"pair_x0_2CHW": ("<f4", (2, *CHW))})),
+    "pairs, self-play": (ON_PAIRS, SPIN, Expected({**OWN, **REAL}, None, None, G, T)),
+    "pairs, trajectories": (ON_PAIRS, SPIN_EXACT, Expected({**trajectories(), **REAL}, None, None, 0, T)),
     "pairs, winners": (ON_PAIRS, SFT, Expected({"pair_x0_2CHW": ("<f4", (2, *CHW))})),
 }
 
@@ -298,6 +300,14 @@ def test_a_winner_is_first_whichever_column_it_is_in(open_workshop: Open) -> Non
         in_order = [first, second] if LABELS[row] == 1 else [second, first]
         assert torch.equal(real.moments(ticket)[0], workshop.policy.encode(np.stack(in_order))[0])
         assert ticket.prompt == CAPTIONS[row]
+
+
+def test_self_play_plays_against_a_pairs_winner(open_workshop: Open) -> None:
+    workshop = open_workshop(ON_PAIRS, SPIN)
+    certain = torch.stack([torch.full(CHW, 1.0), torch.full(CHW, 2.0)]), torch.zeros(2, *CHW)
+    maker = GroupMaker(workshop.chain, workshop.recipe, lambda ticket: certain)
+    made = maker.make(workshop.tickets()[0], lambda: None)
+    assert (made.arrays["real_x0_CHW"] == 1.0).all()
 
 
 def test_self_plays_own_images_are_encoded_like_the_real_ones(open_workshop: Open) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.run_dir import RunDir, read_recipe, scale
 from cluster.sources import prepare_sources, read_plan
-from protocol.datasets import Item, Manifest, Skipped
+from protocol.datasets import Item, Manifest
 from protocol.errors import RecipeError, RunDirError
 from protocol.paths import manifest_path
 from protocol.recipe import Recipe
@@ -86,58 +86,6 @@ def test_a_prompt_file_that_has_changed_does_not_change_a_resumed_run(
     prepare_sources(recipe, start(tmp_path / "run", recipe, resume=True).path, print)
     assert (tmp_path / "run" / "prompts.txt").read_text() == "a red seven\n"
     assert read_plan(recipe, tmp_path / "run").sources == (Source.of_prompts(("a red seven",)),)
-
-
-PHOTOS = Manifest((Item(0, "a red seven", ("3b1f",)), Item(2, "a blue one", ("c07a",))), (Skipped(1, "filtered", ""),))
-
-
-def test_a_dataset_that_was_scanned_is_not_scanned_again(tmp_path: Path, prompts: Path) -> None:
-    """It may have changed, or be gone, as this one is."""
-    changes = {"data": [{"path": str(tmp_path / "gone")}], "algorithm": {"name": "sft"}}
-    recipe = make_recipe(prompts, **changes)
-    run = start(tmp_path / "run", recipe).path
-    with pytest.raises(RecipeError, match="there is no dataset here"):
-        prepare_sources(recipe, run, print)
-    PHOTOS.write(manifest_path(run, 0))
-    prepare_sources(recipe, run, print)
-    assert Manifest.read(manifest_path(run, 0)) == PHOTOS
-
-
-def test_tickets_start_from_the_prompts_and_then_from_the_datasets_with_their_weights(
-    tmp_path: Path, prompts: Path
-) -> None:
-    data = [{"path": "photos", "weight": 2.0}, {"path": "duels", "kind": "pairs", "weight": 3.0}]
-    changes = {"prompts": {"train": str(prompts), "weight": 0.5}, "data": data, "algorithm": {"name": "sft"}}
-    recipe = make_recipe(prompts, **changes)
-    run = start(tmp_path / "run", recipe).path
-    for number in range(2):
-        PHOTOS.write(manifest_path(run, number))
-    prepare_sources(recipe, run, print)
-    plan = read_plan(recipe, run)
-    assert plan.sources == (
-        Source.of_prompts(("a red seven",), weight=0.5),
-        Source("images", ("a red seven", "a blue one"), rows=(0, 2), weight=2.0),
-        Source("pairs", ("a red seven", "a blue one"), rows=(0, 2), weight=3.0),
-    )
-    assert (plan.run_seed, plan.num_groups, plan.group_size, plan.lag) == (recipe.seed, 4, 4, 0)
-    assert plan.iteration_starts == ()
-
-
-@pytest.mark.parametrize(("rounds", "starts"), [([2], (0,)), ([2, 3, 1], (0, 2, 5))])
-def test_iterations_of_self_play_start_where_the_ones_before_end(
-    tmp_path: Path, prompts: Path, rounds: list[int], starts: tuple[int, ...]
-) -> None:
-    iterations = [{"rounds": number, "beta_half": 1.0} for number in rounds]
-    changes = {
-        "rounds": sum(rounds),
-        "prompts": {},
-        "data": [{"path": "photos"}],
-        "algorithm": {"name": "spin", "iterations": iterations},
-    }
-    recipe = make_recipe(prompts, **changes)
-    run = start(tmp_path / "run", recipe).path
-    PHOTOS.write(manifest_path(run, 0))
-    assert read_plan(recipe, run).iteration_starts == starts
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -246,7 +194,7 @@ def test_a_run_that_failed_before_its_first_round_leaves_a_directory_for_another
 ) -> None:
     failed = start(tmp_path / "run", recipe)
     prepare_sources(recipe, failed.path, print)
-    PHOTOS.write(manifest_path(failed.path, 0))
+    Manifest((Item(0, "a red seven", ("3b1f",)),), ()).write(manifest_path(failed.path, 0))
     (failed.path / "samples").mkdir()
     other = start(tmp_path / "run", make_recipe(prompts, seed=1))
     assert other.run_id != failed.run_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import json
+import random
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -79,8 +80,8 @@ class Run:
         self._stop = threading.Event()
         self._failure: Exception | None = None
 
-    def train(self, deliver: Deliver = deliver_well) -> list[dict[str, Any]]:
-        """Trains to the recipe's end; returns the metrics of each round."""
+    def train(self, deliver: Deliver = deliver_well, hold: int = 1) -> list[dict[str, Any]]:
+        """Trains to the recipe's end; returns the metrics of each round. Rollouts hold so many tickets at a time."""
         policy = Policy.from_recipe(self.recipe)
         chain = Chain(policy, self.recipe.sampler)
         maker = GroupMaker(chain, self.recipe, open_real_images(self.recipe, self.run_dir, policy))
@@ -88,7 +89,7 @@ class Run:
         streams = self._open_streams()
         streams.open()
         rank = LearnerRank(self.recipe, self.plan, self.run_dir, self._open_streams(), self._store, torch.device("cpu"))
-        thread = threading.Thread(target=self._work, args=(rollout, streams, deliver), daemon=True)
+        thread = threading.Thread(target=self._work, args=(rollout, streams, deliver, hold), daemon=True)
         thread.start()
         try:
             rank.train()
@@ -106,16 +107,19 @@ class Run:
     def _fetch(self, ticket: Any) -> bytes:
         return self._store.fetch(ticket.weights_digest)
 
-    def _work(self, rollout: Rollout, streams: Streams, deliver: Deliver) -> None:
+    def _work(self, rollout: Rollout, streams: Streams, deliver: Deliver, hold: int) -> None:
         while not self._stop.is_set():
-            claim = streams.take("w", block_s=0.01, claim_idle_s=5.0)
-            if claim is None:
-                continue
-            try:
-                group = rollout.complete(rollout.sample(claim.ticket, after_step=lambda: None))
-            except Exception as error:  # the learner would wait for this group for ever
-                self._failure = error
-                _thread.interrupt_main()
-                return
-            self.groups.append(group)
-            deliver(streams, claim, group)
+            claims = [claim for _ in range(hold) if (claim := self._take(streams))]
+            random.Random(len(claims)).shuffle(claims)
+            for claim in claims:
+                try:
+                    group = rollout.complete(rollout.sample(claim.ticket, after_step=lambda: None))
+                except Exception as error:  # the learner would wait for this group for ever
+                    self._failure = error
+                    _thread.interrupt_main()
+                    return
+                self.groups.append(group)
+                deliver(streams, claim, group)
+
+    def _take(self, streams: Streams) -> Claim | None:
+        return streams.take("w", block_s=0.05, claim_idle_s=self.recipe.redis.claim_idle_s)

@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 LEARNS_FROM: dict[SourceKind, set[str]] = {
     "prompts": {*SETTINGS} - {"spin", "spin_exact"},
     "images": {"sft", "ncp_sft", "spin", "spin_exact", "sharpening_sft", "sharpening_rlhf"},
-    "pairs": {"sft", "ncp_sft", "dpo", "ncp_dpo", "cpo", "ncp_cpo"},
+    "pairs": {"sft", "ncp_sft", "dpo", "ncp_dpo", "cpo", "ncp_cpo", "spin", "spin_exact"},
 }
 """Which algorithms can learn from a source."""
 
