@@ -1,7 +1,7 @@
 """One rank of two that learn from groups of which one rank has less than the other, and write down what came of it.
 
-Run as `python -m tests.learner.descent_cells RANK PORT MODEL FOLDER`. Rank 0 writes FOLDER/<cell>.safetensors: the
-trained weights and the losses. All cells share one process, since importing DeepSpeed takes seconds.
+Run as `python -m tests.learner.descent_cells RANK PORT MODEL FOLDER CELL...`. Rank 0 writes FOLDER/<cell>.safetensors:
+the trained weights and the losses. All cells share one process, since importing DeepSpeed takes seconds.
 """
 
 from __future__ import annotations
@@ -74,6 +74,9 @@ CELLS = {
     "policy_gradient_stage3": Cell(3, GRADIENT, (3, 0)),
 }
 
+FEW = ("dpo_stage0", "ncp_dpo_stage3")
+"""What the suite trains; the rest is slow."""
+
 
 @cache
 def base(model: str) -> Policy:
@@ -114,12 +117,13 @@ def learn_alone(cell: Cell, model: str) -> tuple[dict[str, Tensor], dict[str, Te
 
 
 def main() -> None:
-    """Learns in every cell on this rank."""
-    rank, port, model, folder = sys.argv[1:]
+    """Learns in the cells of these names on this rank."""
+    rank, port, model, folder, *names = sys.argv[1:]
     os.environ.update(RANK=rank, WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
-    for name, cell in CELLS.items():
+    for name in names:
+        cell = CELLS[name]
         weights, losses = learn(cell, model, 2, make_groups(cell, model, int(rank), 2))
         if rank == "0":
             save_file({**weights, "losses": torch.tensor(losses)}, Path(folder) / f"{name}.safetensors")

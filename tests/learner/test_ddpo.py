@@ -183,11 +183,15 @@ def test_a_run_that_was_killed_and_resumed_continues_identically() -> None:
 def test_advantages_are_clipped_and_counted() -> None:
     """One of 101 samples is 10 stds above the mean, the others 0.1 below."""
     reward_PG = torch.eye(1, 101)
-    advantage_PG, _, metrics = per_prompt_advantage(reward_PG, ["a"], EMPTY, Ddpo(name="ddpo", min_count=200))
+    advantage_PG, _, metrics = per_prompt_advantage(
+        reward_PG, ["a"], EMPTY, Ddpo(name="ddpo", min_count=200, buffer_size=200)
+    )
     assert advantage_PG[0, 0] == 5
     assert_equal(advantage_PG[0, 1:], tensor([-0.1]).expand(100), 1e-7)
     assert mean(metrics, "pg/advantage_clipped") == pytest.approx(1 / 101)
-    below, _, _ = per_prompt_advantage(-reward_PG, ["a"], EMPTY, Ddpo(name="ddpo", min_count=200, max_advantage=3))
+    below, _, _ = per_prompt_advantage(
+        -reward_PG, ["a"], EMPTY, Ddpo(name="ddpo", min_count=200, buffer_size=200, max_advantage=3)
+    )
     assert below[0, 0] == -3
 
 

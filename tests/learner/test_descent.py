@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from learner.probes import Probe
 from protocol.errors import TrainingError
 from protocol.paths import ROOT
 from protocol.recipe import Learner
-from tests.learner.descent_cells import CELLS, learn_alone
+from tests.learner.descent_cells import CELLS, FEW, learn_alone
 
 pytestmark = pytest.mark.usefixtures("gang_of_one")
 
@@ -263,31 +264,45 @@ def test_what_is_not_finite_stops_the_run(make_bench: Callable[[], Bench], where
 # --- two ranks ------------------------------------------------------------------------------------------
 
 
+Found = Callable[[str], dict[str, Tensor]]
+
+
 @pytest.fixture(scope="module")
-def gang(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two ranks have left what every cell ended with."""
-    folder = tmp_path_factory.mktemp("gang")
+def found(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What two ranks ended with in a cell; those of the suite are trained by one gang, the slow ones by another."""
+
+    @cache
+    def folder_of(names: tuple[str, ...]) -> Path:
+        folder = tmp_path_factory.mktemp("gang")
+        run_gang(tiny_model, folder, names)
+        return folder
+
+    rest = tuple(name for name in CELLS if name not in FEW)
+    return lambda name: load_file(folder_of(FEW if name in FEW else rest) / f"{name}.safetensors")
+
+
+def run_gang(model: str, folder: Path, names: tuple[str, ...]) -> None:
+    """Runs two ranks to their end."""
     port = str(free_port("127.0.0.1"))
     logs = [folder / f"{rank}.log" for rank in range(2)]
     ranks = []
     for rank, log in enumerate(logs):
-        command = [sys.executable, "-m", "tests.learner.descent_cells", str(rank), port, tiny_model, str(folder)]
+        command = [sys.executable, "-m", "tests.learner.descent_cells", str(rank), port, model, str(folder), *names]
         with log.open("w") as output:
             ranks.append(subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT))
     for process, log in zip(ranks, logs, strict=True):
-        assert process.wait(timeout=600) == 0, log.read_text()[-3000:]
-    return folder
+        assert process.wait(timeout=900) == 0, log.read_text()[-3000:]
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in CELLS])
 def test_two_ranks_of_which_one_has_less_to_learn_from_are_one_rank_with_all(
-    gang: Path, tiny_model: str, name: str
+    found: Found, tiny_model: str, name: str
 ) -> None:
     start, end, losses = learn_alone(CELLS[name], tiny_model)
-    found = load_file(gang / f"{name}.safetensors")
-    apart = sum(float((found[key] - end[key]).double().square().sum()) for key in end) ** 0.5
+    both = found(name)
+    apart = sum(float((both[key] - end[key]).double().square().sum()) for key in end) ** 0.5
     moved = sum(float((start[key] - end[key]).double().square().sum()) for key in end) ** 0.5
     assert moved > 0
     assert apart < 1e-4 * moved
     # A beta of 100 or more multiplies the rounding of errors.
-    assert found["losses"].tolist() == pytest.approx(losses, rel=1e-4)
+    assert both["losses"].tolist() == pytest.approx(losses, rel=1e-4)

@@ -21,6 +21,7 @@ from diffusion.weights import unpack, weights_digest
 from learner.algorithms.selection import make_pairs
 from learner.checkpoint import latest_checkpoint
 from learner.train import LearnerRank
+from protocol.errors import TrainingError
 from protocol.groups import Group
 from protocol.recipe import Recipe
 from rewards.composition import named_scores
@@ -437,6 +438,15 @@ def test_a_learner_goes_on_from_a_checkpoint_before_its_first_step(desk: Desk, s
     rows, ledger = resumed.train(), resumed.lines("ledger.jsonl")
     assert [(row["step"], row["skipped_updates"]) for row in rows] == [(0, 2), (0, 4)]
     assert {row["published_digest"] for row in ledger} == {ledger[0]["digest"]}
+
+
+@pytest.mark.parametrize("name", ["cpo", pytest.param("ncp_cpo", marks=pytest.mark.slow)])
+def test_a_losers_error_that_grows_beyond_its_bound_stops_the_run_before_it_publishes(desk: Desk, name: str) -> None:
+    parts = {**CASES[name], "algorithm": {**CASES[name]["algorithm"], "max_loser_error_ratio": 0.9}}
+    run = desk.run(f"{name}-unbounded", parts)
+    with pytest.raises(TrainingError, match=r"the loser's error has grown 1\.0 times"):
+        run.train()
+    assert not (run.run_dir / "ledger.jsonl").exists()
 
 
 # --- killed and resumed ---------------------------------------------------------------------------------

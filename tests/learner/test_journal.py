@@ -101,6 +101,7 @@ def metrics(**changes: Any) -> dict[str, Any]:
         "round_": 3,
         "step": 8,
         "on_policy": True,
+        "staleness": 2,
         "receipts": [receipt(0), receipt(1)],
         "report": UpdateReport(
             kl=0.25,
@@ -123,6 +124,7 @@ def test_means_are_over_optimizer_steps_and_over_all_images() -> None:
     row = metrics()
     assert (row["loss"], row["grad_norm"], row["learning_rate"]) == (2.0, 1.0, 1.5e-3)
     assert (row["clip_fraction"], row["pairs/accuracy"]) == (0.25, 0.75)
+    assert (row["round"], row["version"], row["step"], row["staleness"]) == (3, 4, 8, 2)
     # Rewards of the groups: (0, 1) and (1, 3).
     assert row["reward/mean"] == 1.25
     assert row["reward/sharp"] == 0.625
