@@ -84,10 +84,11 @@ def test_a_rank_without_groups_has_no_pairs(rule: str) -> None:
 def test_every_candidate_is_a_pair_in_the_right_order_or_a_tie_or_below_the_threshold(
     rewards: list[list[int]], rule: str, threshold: int
 ) -> None:
+    threshold = threshold if rule == "threshold" else 0
     reward_PG, settings = tensor(rewards), Pairs(rule=rule, threshold=threshold)
     pairs = make_pairs(reward_PG, settings)
     gain_Q = reward_PG[pairs.group_Q, pairs.winner_Q] - reward_PG[pairs.group_Q, pairs.loser_Q]
-    assert (gain_Q > (threshold if rule == "threshold" else 0)).all()
+    assert (gain_Q > threshold).all()
     num_siblings = reward_PG.shape[1]
     num_candidates = len(rewards) * (1 if rule == "best_worst" else math.comb(num_siblings, 2))
     assert len(gain_Q) + pairs.num_tied + pairs.num_below_threshold == num_candidates
