@@ -237,7 +237,10 @@ def test_the_size_of_micro_batches_changes_rounding_alone(desk: Desk, trained: T
     apart = sum(float((one[tensor] - two[tensor]).double().square().sum()) for tensor in one) ** 0.5
     moved = sum(float(one[tensor].double().square().sum()) for tensor in one if ".lora_B." in tensor) ** 0.5
     assert moved > 0
-    assert apart < 1e-3 * moved
+    # Sums over all of a trajectory's latent entries round the most.
+    assert apart < (0.02 if name == "spin_exact" else 1e-3) * moved
+    norms = [run.lines("metrics.jsonl")[0]["updates"]["grad_norm"][0] for run in (trained(name), other)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
 # --- values before the first step -----------------------------------------------------------------------
@@ -406,11 +409,11 @@ class Alike:
         return named_scores({"alike": np.full(self._num_images, 0.25, np.float32)}, {"alike": 1.0})
 
 
-def only_ties(desk: Desk, name: str, *, attempt: int = 0, stage: int = 0) -> Run:
-    """A run whose rewards all tie."""
+def only_ties(desk: Desk, run_name: str, name: str, *, attempt: int = 0, stage: int = 0) -> Run:
+    """A case's run whose rewards all tie."""
     learner = {"learning_rate": 1e-3, "weight_decay": 0.5, "micro_batch_size": 8, "zero_stage": stage}
     parts = {**CASES[name], "rounds": 2, "learner": learner, "checkpoints": {"every_rounds": 1}}
-    return desk.run(f"{name}-tied-{stage}", parts, attempt=attempt, scores=Alike)
+    return desk.run(run_name, parts, attempt=attempt, scores=Alike)
 
 
 @parameters(
@@ -418,7 +421,7 @@ def only_ties(desk: Desk, name: str, *, attempt: int = 0, stage: int = 0) -> Run
     ("prdp", "policy_gradient", "ddpo", "dpo_online", "ncp_cpo", "sharpening_rlhf", "sharpening_rlhf_final"),
 )
 def test_a_round_in_which_all_rewards_tie_takes_no_step_and_is_counted(desk: Desk, name: str) -> None:
-    run = only_ties(desk, name)
+    run = only_ties(desk, f"{name}-tied", name)
     rows, ledger = run.train(), run.lines("ledger.jsonl")
     assert {row["published_digest"] for row in ledger} == {ledger[0]["digest"]}
     per_round = run.recipe.algorithm.num_steps_per_round
@@ -433,8 +436,9 @@ def test_a_round_in_which_all_rewards_tie_takes_no_step_and_is_counted(desk: Des
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # What DeepSpeed imports for sharding alone.
 @pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2, 3))])
 def test_a_learner_goes_on_from_a_checkpoint_before_its_first_step(desk: Desk, stage: int) -> None:
-    train_and_kill(only_ties(desk, "dpo_online", stage=stage), 1)
-    resumed = only_ties(desk, "dpo_online", stage=stage, attempt=1)
+    run_name = f"stage{stage}-tied"
+    train_and_kill(only_ties(desk, run_name, "dpo_online", stage=stage), 1)
+    resumed = only_ties(desk, run_name, "dpo_online", stage=stage, attempt=1)
     rows, ledger = resumed.train(), resumed.lines("ledger.jsonl")
     assert [(row["step"], row["skipped_updates"]) for row in rows] == [(0, 2), (0, 4)]
     assert {row["published_digest"] for row in ledger} == {ledger[0]["digest"]}
