@@ -19,7 +19,7 @@ from torch import Tensor
 from cluster.redis_server import RedisServer
 from diffusion.weights import unpack, weights_digest
 from learner.algorithms.selection import make_pairs
-from learner.checkpoint import latest_checkpoint
+from learner.checkpoint import checkpoints_in, latest_checkpoint
 from learner.train import LearnerRank
 from protocol.errors import TrainingError
 from protocol.groups import Group
@@ -530,6 +530,18 @@ def test_self_play_goes_on_from_what_it_published_also_when_killed_in_every_iter
     for field in ("digest", "published_digest", "tickets", "checksums"):
         assert [row[field] for row in ledger] == [row[field] for row in expected], field
     assert [row["updates"] for row in rows] == [row["updates"] for row in unbroken.lines("metrics.jsonl")]
+
+
+def test_every_iteration_of_self_play_starts_adamw_afresh(desk: Desk) -> None:
+    """The first step from moments of 0 moves a weight by the learning rate, whatever its gradient."""
+    rate, once = 3e-4, {"rounds": 1, "beta_half": 100}
+    iterations = [once | {"learning_rate": 1e-3}, once | {"learning_rate": rate}]
+    parts = case("spin", ON_IMAGES, {"iterations": iterations}, rounds=2, **EACH_ROUND)
+    run = desk.run("spin-afresh", parts, learner={"weight_decay": 0.0})
+    run.train()
+    before, after = (unpack(one.version_bytes(one.meta.round)) for one in checkpoints_in(run.run_dir))
+    steps = torch.cat([(after[name] - before[name]).abs().flatten() for name in after if ".lora_B." in name])
+    assert float((((steps / rate) - 1).abs() < 0.01).float().mean()) > 0.9
 
 
 def test_the_statistics_of_prompts_outlive_a_killed_learner(desk: Desk) -> None:
