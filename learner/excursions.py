@@ -18,11 +18,10 @@ from learner.algorithms.sharpening import sharpening_rlhf, sharpening_select, sh
 from learner.batching import stack
 from learner.probes import Costs, ErrorProbe, Noised
 from learner.summary import summarise
-from learner.units import uniform
 from learner.update import Behaviour, Tools, UpdateReport
 from protocol.algorithms import SharpeningRlhf, SharpeningSft
 from protocol.groups import Group
-from protocol.seeds import Purpose
+from protocol.seeds import Purpose, draw_uniform
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,8 @@ class ExcursionUpdater:
     def learn(self, groups: Sequence[Group], round_: int, behaviour: Behaviour | None) -> UpdateReport:  # noqa: ARG002
         """Takes the round's optimizer steps. `behaviour` is not needed: states are the ticket's version's own."""
         report = UpdateReport()
-        ordered = sorted(groups, key=lambda group: group.ticket_id)
-        for update in range(self._settings.num_updates):
-            for part in range(self._settings.inner_minibatches):
-                rate = self._tools.set_learning_rate(round_, update * self._settings.inner_minibatches + part)
-                self._step(self._tools.part(ordered, part), rate, report)
+        for place in self._tools.steps(round_):
+            self._step(self._tools.part(groups, place.part), place.rate, report)
         return report
 
     def _step(self, groups: Sequence[Group], rate: float, report: UpdateReport) -> None:
@@ -87,7 +83,7 @@ class ExcursionUpdater:
         """Selects by the groups' rewards, on all of them; a group whose candidates tie has no pair to learn from."""
         settings, num_states = self._settings, self._settings.excursion.num_states
         mask_PM = torch.tensor([[m < len(g.array("state_timestep_M")) for m in range(num_states)] for g in groups])
-        draws = [uniform(self._recipe.seed, Purpose.SELECTION, group.ticket_id) for group in groups]
+        draws = [draw_uniform(self._recipe.seed, Purpose.SELECTION, group.ticket_id) for group in groups]
         on_path = settings.select_on != "final_x0"
         selection = sharpening_select(
             torch.stack([_padded(group, "state_reward_GM", num_states) for group in groups]) if on_path else None,

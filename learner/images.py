@@ -23,7 +23,7 @@ from learner.algorithms.sft import sft
 from learner.probes import Costs, ErrorProbe, PerceptualProbe
 from learner.summary import summarise
 from learner.units import Units, noise_units, perception_draws, preference_units, self_play_units, single_units
-from learner.update import Behaviour, Tools, UpdateReport
+from learner.update import Behaviour, Place, Tools, UpdateReport
 from protocol.algorithms import Cpo, Dpo, NcpCpo, NcpDpo, NcpSft, Sft, Spin
 from protocol.errors import TrainingError
 from protocol.groups import Group
@@ -59,25 +59,21 @@ class ImageUpdater:
 
     def learn(self, groups: Sequence[Group], round_: int, behaviour: Behaviour | None) -> UpdateReport:
         """Takes the round's optimizer steps."""
-        algorithm, report = self._settings, UpdateReport()
-        ordered = sorted(groups, key=lambda group: group.ticket_id)
-        for update in range(algorithm.num_updates):
-            for part in range(algorithm.inner_minibatches):
-                rate = self._tools.set_learning_rate(round_, update * algorithm.inner_minibatches + part)
-                self._step(self._tools.part(ordered, part), round_, update, rate, behaviour, report)
+        report = UpdateReport()
+        for place in self._tools.steps(round_):
+            self._step(self._tools.part(groups, place.part), round_, place, behaviour, report)
         return report
 
     def _step(
         self,
         groups: Sequence[Group],
         round_: int,
-        update: int,
-        rate: float,
+        place: Place,
         behaviour: Behaviour | None,
         report: UpdateReport,
     ) -> None:
         units = self._units(groups)
-        probe = self._probe(units, update)
+        probe = self._probe(units, place.update)
         opponent_UK = self._opponent(probe, behaviour)
         if round_ == 0 and not report.loss:
             self._check_start(probe)
@@ -93,7 +89,7 @@ class ImageUpdater:
             return value, {**metrics, **quartiles}
 
         step = self._tools.descent.one_pass(probe, loss, len(units.keys), units.metrics)
-        report.add(step, rate, summarise({**step.means, **self._loser_growth(step.means)}))
+        report.add(step, place.rate, summarise({**step.means, **self._loser_growth(step.means)}))
 
     def _units(self, groups: Sequence[Group]) -> Units:
         settings, device = self._settings, self._tools.policy.device

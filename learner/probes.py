@@ -8,7 +8,7 @@ A probe is called with a denoiser, so that policy, reference and opponent are ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -183,10 +183,11 @@ class ErrorProbe:
         """Evaluates all latents of N units in one batch."""
         unit_N = item_NK[:, 0]
         rows = self._rows(unit_N)
-        errors = [self._error(self._predict(denoiser, rows), rows)]
+        error_of = self._error_of(rows)
+        errors = [error_of(self._predict(denoiser, rows))]
         if self.with_reference:
             with torch.no_grad(), self.policy.reference(denoiser) as reference:
-                errors.append(self._error(self._predict(reference, rows), rows))
+                errors.append(error_of(self._predict(reference, rows)))
         return torch.cat([error_N.view(len(unit_N), self.width) for error_N in errors], dim=1)
 
     def _rows(self, unit_N: Tensor) -> Rows:
@@ -203,8 +204,9 @@ class ErrorProbe:
     def _predict(self, denoiser: Denoiser, rows: Rows) -> Tensor:
         return self.policy.predict_noise(denoiser, rows.state_NCHW, rows.timestep_N, rows.embedding_NLE)
 
-    def _error(self, predicted_NCHW: Tensor, rows: Rows) -> Tensor:
-        return (predicted_NCHW - rows.noise_NCHW).square().flatten(1).mean(1)
+    def _error_of(self, rows: Rows) -> Callable[[Tensor], Tensor]:
+        """Returns what gives the errors (N,) of a prediction (N, C, H, W)."""
+        return lambda predicted_NCHW: (predicted_NCHW - rows.noise_NCHW).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -228,16 +230,10 @@ class PerceptualProbe(ErrorProbe):
     step_noise_UCHW: Tensor = field(kw_only=True)
     fresh_timestep_U: Tensor = field(kw_only=True)
 
-    def __call__(self, denoiser: Denoiser, item_NK: Tensor) -> Tensor:
+    def _error_of(self, rows: Rows) -> Callable[[Tensor], Tensor]:
         """Encodes the true noise's states once for all estimates."""
-        unit_N = item_NK[:, 0]
-        rows = self._rows(unit_N)
         target = self._target(rows)
-        errors = [perceptual_error(self._predict(denoiser, rows), target, self.encoder)]
-        if self.with_reference:
-            with torch.no_grad(), self.policy.reference(denoiser) as reference:
-                errors.append(perceptual_error(self._predict(reference, rows), target, self.encoder))
-        return torch.cat([error_N.view(len(unit_N), self.width) for error_N in errors], dim=1)
+        return lambda predicted_NCHW: perceptual_error(predicted_NCHW, target, self.encoder)
 
     def _target(self, rows: Rows) -> Target:
         alpha_bar = self.policy.alpha_bar

@@ -157,7 +157,9 @@ class LearnerRank:
 
     def _wait_for_followers(self) -> None:
         """Waits until every follower has collected the round, and makes good what was lost before they had."""
-        if self._company.followers and self._is_first_rank:
+        if not self._company.followers:
+            return
+        if self._is_first_rank:
             round_ = self._round
             tickets = self._plan.round(round_, self._versions.digests[self._plan.version_of(round_)])
             self._collector.make_good(tickets, lambda: self._company.all_have(round_, self._streams.progress()))

@@ -28,7 +28,7 @@ from learner.batching import RoundBatch, items_where, stack_groups, with_real_tr
 from learner.probes import Costs, TransitionProbe
 from learner.summary import summarise
 from learner.two_pass import Loss
-from learner.update import Behaviour, Tools, UpdateReport
+from learner.update import Behaviour, Place, Tools, UpdateReport
 from protocol.algorithms import Ddpo, PolicyGradient, Prdp, SpinExact
 from protocol.groups import Group
 from protocol.seeds import Purpose, derive_seed
@@ -93,10 +93,8 @@ class TrajectoryUpdater:
         frozen, now_PGT = self._freeze(batch, behaviour, report)
         if round_ == 0:
             self._check_start(now_PGT, frozen)
-        algorithm = self._recipe.algorithm
-        for update in range(algorithm.num_updates):
-            for part in range(algorithm.inner_minibatches):
-                self._step(frozen, now_PGT if update == part == 0 else None, round_, update, part, report)
+        for place in self._tools.steps(round_):
+            self._step(frozen, now_PGT if place.update == place.part == 0 else None, place, report)
         return report
 
     def _probe_parity(self, batch: RoundBatch, round_: int, behaviour: Behaviour, report: UpdateReport) -> None:
@@ -176,20 +174,17 @@ class TrajectoryUpdater:
         places = {ticket_id: place for place, (ticket_id, _, _) in enumerate(everyone)}
         return advantage_PG[[places[group.ticket_id] for group in batch.groups]].to(batch.log_prob_PGT.device)
 
-    def _step(
-        self, frozen: Frozen, now_PGT: Tensor | None, round_: int, update: int, part: int, report: UpdateReport
-    ) -> None:
+    def _step(self, frozen: Frozen, now_PGT: Tensor | None, place: Place, report: UpdateReport) -> None:
         """One optimizer step on one part of the round. `now_PGT` saves pass A."""
         num_parts = self._recipe.algorithm.inner_minibatches
-        rate = self._tools.set_learning_rate(round_, update * num_parts + part)
-        mine = frozen.part(part, num_parts)
+        mine = frozen.part(place.part, num_parts)
         probe = TransitionProbe(self._tools.chain, mine.batch, mine.ref_mean_PGTCHW)
         if now_PGT is not None and mine.ref_mean_PGTCHW is None:
-            values = now_PGT.chunk(num_parts)[part]
+            values = now_PGT.chunk(num_parts)[place.part]
         else:
             values = self._score_all(mine.batch, probe=probe)
         step = self._tools.descent.two_pass(probe, self._loss(mine), values)
-        report.add(step, rate, summarise(step.means))
+        report.add(step, place.rate, summarise(step.means))
 
     def _loss(self, mine: Frozen) -> Loss:
         """Returns the loss of one part as a function of its values."""

@@ -25,7 +25,7 @@ from learner.batching import stack
 from learner.probes import Noised
 from protocol.algorithms import ImageAlgorithm, Pairs
 from protocol.groups import Group
-from protocol.seeds import SEED_BITS, Purpose, derive_seed
+from protocol.seeds import Purpose, derive_seed, draw_uniform
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def single_units(groups: Sequence[Group], select: str, run_seed: int, device: to
     chosen, metrics = {}, {"select/gap": torch.zeros(2, dtype=torch.float64)}
     if sampled:
         reward_PG = stack(sampled, "reward_G", torch.device("cpu"))
-        draws = [uniform(run_seed, Purpose.SELECTION, group.ticket_id) for group in sampled]
+        draws = [draw_uniform(run_seed, Purpose.SELECTION, group.ticket_id) for group in sampled]
         chosen_P = (
             best_of_n(reward_PG)
             if select == "best"
@@ -113,7 +113,7 @@ def noise_units(
     for (ticket_id, number), prompt in zip(units.keys, units.prompts, strict=True):
         key = (ticket_id, number, update)
         timesteps.append(draw_timestep(run_seed, settings.min_tau, num_timesteps, *key))
-        dropped = uniform(run_seed, Purpose.PROMPT_DROPOUT, *key) < settings.prompt_dropout
+        dropped = draw_uniform(run_seed, Purpose.PROMPT_DROPOUT, *key) < settings.prompt_dropout
         prompts.append("" if dropped else prompt)
         seeds = [derive_seed(run_seed, Purpose.TRAINING_NOISE, *key, k) for k in range(num_members)]
         noises.append(torch.stack([normal(seeds[0] if shared_noise else seed, shape_CHW) for seed in seeds]))
@@ -138,13 +138,6 @@ def perception_draws(units: Units, policy: Policy, run_seed: int, update: int) -
 def draw_timestep(run_seed: int, smallest: int, num_timesteps: int, *key: int | str) -> int:
     """Returns a training timestep, uniform from `smallest` to the last."""
     return smallest + derive_seed(run_seed, Purpose.TIMESTEP, *key) % (num_timesteps - smallest)
-
-
-def uniform(run_seed: int, purpose: Purpose, *key: int | str) -> float:
-    """Returns a number drawn from [0, 1) by key."""
-    # As many bits as a float holds: a larger number could round up to 1.
-    drawn: float = (derive_seed(run_seed, purpose, *key) >> (SEED_BITS - 53)) / 2**53
-    return drawn
 
 
 def _is_sampled(group: Group) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -68,6 +68,15 @@ class Updater(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Place:
+    """An optimizer step of a round: the pass over the round, the part of it, and the learning rate."""
+
+    update: int
+    part: int
+    rate: float
+
+
 @dataclass
 class Tools:
     """What all updaters work with on a rank. One that follows learns from groups of another learner's weights."""
@@ -95,13 +104,17 @@ class Tools:
         timestep_N = torch.zeros(1, dtype=torch.long, device=policy.device)
         return policy.predict(denoiser, state_NCHW, timestep_N, policy.embed("")[None], 1.0).sum()
 
-    def set_learning_rate(self, round_: int, step_in_round: int) -> float:
-        """Sets the learning rate of an optimizer step, which is a function of its place in the run."""
-        rate = learning_rate(self.recipe, round_, step_in_round)
-        self.engine.set_learning_rate(rate)
-        return rate
+    def steps(self, round_: int) -> Iterator[Place]:
+        """Yields the optimizer steps of a round, for each of which the engine then has its learning rate."""
+        algorithm = self.recipe.algorithm
+        for update in range(algorithm.num_updates):
+            for part in range(algorithm.inner_minibatches):
+                rate = learning_rate(self.recipe, round_, update * algorithm.inner_minibatches + part)
+                self.engine.set_learning_rate(rate)
+                yield Place(update, part, rate)
 
     def part(self, groups: Sequence[Group], part: int) -> Sequence[Group]:
-        """Returns one of the equal, contiguous parts that a pass over the round is split into."""
-        size = len(groups) // self.recipe.algorithm.inner_minibatches
-        return groups[part * size : (part + 1) * size]
+        """Returns one of the equal, contiguous parts that a pass over the round is split into, by ticket_id."""
+        ordered = sorted(groups, key=lambda group: group.ticket_id)
+        size = len(ordered) // self.recipe.algorithm.inner_minibatches
+        return ordered[part * size : (part + 1) * size]

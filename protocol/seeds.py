@@ -45,6 +45,13 @@ def derive_seed(root: int, purpose: Purpose, *coordinates: int | str) -> int:
     return int.from_bytes(digest, "little") >> (64 - SEED_BITS)
 
 
+def draw_uniform(root: int, purpose: Purpose, *coordinates: int | str) -> float:
+    """Returns a number drawn from [0, 1) by key."""
+    # As many bits as a float holds: a larger number could round up to 1.
+    drawn: float = (derive_seed(root, purpose, *coordinates) >> (SEED_BITS - 53)) / 2**53
+    return drawn
+
+
 def _unambiguous(coordinate: int | str) -> str:
     text = str(coordinate)
     return f"{len(text)}:{text}"

@@ -15,7 +15,7 @@ from itertools import accumulate
 import numpy as np
 
 from protocol.algorithms import SourceKind
-from protocol.seeds import SEED_BITS, Purpose, derive_seed
+from protocol.seeds import Purpose, derive_seed, draw_uniform
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class TicketPlan:
 
     def _source(self, ticket_id: str) -> int:
         weights = list(accumulate(source.weight for source in self.sources))
-        drawn = derive_seed(self.run_seed, Purpose.SOURCE, ticket_id) / 2**SEED_BITS * weights[-1]
+        drawn = draw_uniform(self.run_seed, Purpose.SOURCE, ticket_id) * weights[-1]
         return min(bisect_right(weights, drawn), len(weights) - 1)
 
 

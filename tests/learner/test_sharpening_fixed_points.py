@@ -20,7 +20,7 @@ from diffusion.kernels import transition
 from diffusion.schedules import make_schedule, noise_level
 from learner.algorithms.sharpening import Selection, sharpening_rlhf, sharpening_select, sharpening_sft
 from protocol.algorithms import Excursion
-from protocol.seeds import SEED_BITS, Purpose, derive_seed
+from protocol.seeds import Purpose, draw_uniform
 
 ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
 LARGEST_MEAN = {1: 0.0, 2: 1 / math.sqrt(math.pi), 3: 1.5 / math.sqrt(math.pi), 8: 1.42360}
@@ -84,7 +84,7 @@ def choose(variant: Variant, visited: Visited, x0_PG: Tensor, reward: Callable[[
     rewards_PGM = reward(visited.x0hat_GMCHW.view(*x0_PG.shape, -1))
     draws = [0.0] * num_groups
     if variant.selection == "random":
-        draws = [derive_seed(0, Purpose.SELECTION, group) / 2**SEED_BITS for group in range(num_groups)]
+        draws = [draw_uniform(0, Purpose.SELECTION, group) for group in range(num_groups)]
     return sharpening_select(
         rewards_PGM,
         reward(x0_PG),
