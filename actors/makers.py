@@ -26,6 +26,7 @@ from diffusion.noise import normal
 from protocol.algorithms import SharpeningRlhf, SharpeningSft, Spin, SpinExact
 from protocol.recipe import Recipe
 from protocol.requirements import is_sampled
+from protocol.scores import part_name, state_part_name
 from protocol.seeds import Purpose, derive_seed
 from protocol.tickets import Ticket
 
@@ -40,14 +41,12 @@ class Made:
     num_states: int | None
     num_images: int
 
-    def with_scores(self, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns all of the group's tensors. Of several states a candidate the rewards of all are kept as
-        `state_reward_GM`; what else is reported is their mean."""
-        if not scores or self.num_states is None:
-            return {**self.arrays, **scores}
-        score_GM = {name: score.reshape(-1, self.num_states) for name, score in scores.items()}
-        means = {name: each.mean(axis=1, dtype=np.float64).astype(np.float32) for name, each in score_GM.items()}
-        return {**self.arrays, **means, "state_reward_GM": score_GM["reward_G"]}
+    def with_scores(self, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns all of the group's tensors, with each reward's scores by label: one a candidate, or one a state."""
+        if self.num_states is None:
+            return {**self.arrays, **{part_name(label): score_G for label, score_G in parts.items()}}
+        score_GM = {state_part_name(label): score.reshape(-1, self.num_states) for label, score in parts.items()}
+        return {**self.arrays, **score_GM}
 
 
 class GroupMaker:

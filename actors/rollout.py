@@ -26,12 +26,17 @@ class PendingScores(Protocol):
         ...
 
     def result(self) -> Mapping[str, np.ndarray]:
-        """Waits for the scores: `reward_G`, the weighted sum, and `reward_<label>_G` of each reward, fp32."""
+        """Waits for the scores: label -> (N,) fp32. An optional reward that failed has none."""
         ...
 
 
-Score = Callable[[np.ndarray, str, str], PendingScores]
-"""(images uint8 (G, H, W, 3), prompt, ticket_id) -> scores on their way."""
+class Score(Protocol):
+    """Sends images to be scored."""
+
+    def __call__(self, images: np.ndarray, prompt: str, ticket_id: str, num_states: int = 1) -> PendingScores:
+        """Takes uint8 images (G M, H, W, 3) of a ticket's G candidates at `num_states` M states each."""
+        ...
+
 
 FetchVersion = Callable[[Ticket], bytes]
 """The packed weights of a ticket's version; waits until they are published."""
@@ -79,7 +84,7 @@ class Rollout:
         rollout_s = time.monotonic() - started
         scores: PendingScores = NoScores()
         if made.images is not None:
-            scores = self._score(made.images, ticket.prompt, ticket.ticket_id)
+            scores = self._score(made.images, ticket.prompt, ticket.ticket_id, made.num_states or 1)
         return Sampled(ticket, made, digest, rollout_s, scores)
 
     def complete(self, sampled: Sampled) -> Group:

@@ -222,7 +222,11 @@ class Attempt:
             return
         self._pulse.hear(said)
         rollouts = {f"rollout/{name}": name for name in self._crew.names}
-        self._status.progress = {role: words for role, words in said.items() if role in {*self._ranks, *rollouts}}
+        services = self._services.words()
+        for role, words in services.items():
+            self._streams.report_progress(role, **words)
+        shown = {role: words for role, words in said.items() if role in {*self._ranks, *rollouts}}
+        self._status.progress = {**shown, **services}
         self._status.queue = f"{depth.waiting} waiting, {depth.claimed} claimed"
         self._show(self._status)
         at_work = [role for role in self._ranks if said.get(role, {}).get("state") != "done"]

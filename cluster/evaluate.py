@@ -23,7 +23,7 @@ from learner.checkpoint import latest_checkpoint
 from protocol.errors import RecipeError, RunDirError
 from protocol.paths import read_prompts, spread
 from protocol.recipe import Recipe
-from rewards.composition import weighted_sum
+from protocol.scores import weighted_sum
 from rewards.contract import check_scores
 from rewards.loading import build
 

@@ -6,7 +6,9 @@ import functools
 import os
 import socket
 import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +19,18 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.pulse import HEALTH
-from cluster.scoring import RewardPool, Scorer
+from cluster.scoring import Answer, OutOfTimeError, RewardPool, Scorer
 from cluster.weight_store import StoreClient, WeightStore
 from learner.company import Company
 from protocol.errors import RecipeError, RedisError
 from protocol.recipe import Recipe
 from protocol.roles import Learner, Placement, Reward
+from protocol.scores import weighted_sum
 from protocol.stream import Streams, connect
 from protocol.tickets import Ticket, TicketPlan
 
 ROLE_RESTARTS = 10
-"""How often Ray restarts a weight store or a reward actor: they hold nothing that cannot be had again."""
-
+"""How often Ray restarts a weight store: it holds nothing that cannot be had again."""
 
 MORE_ROLLOUTS = 16
 """How many rollout actors a laptop's run may be scaled up by."""
@@ -62,7 +64,7 @@ class RolloutProcess:
         self, name: str, recipe: Recipe, run_dir: str, endpoint: Endpoint, store: Any, pools: Sequence[RewardPool]
     ) -> None:
         self._name, self._recipe, self._run_dir, self._endpoint = name, recipe, Path(run_dir), endpoint
-        self._store, self._scorer = StoreClient(store), Scorer(pools)
+        self._store, self._scorer = StoreClient(store), Scorer(pools, self._run_dir)
         self._stopping = threading.Event()
 
     def build(self) -> None:
@@ -106,8 +108,14 @@ class RolloutProcess:
         rows = []
         for prompt in prompts:
             images = draw_images(self._chain, prompt, self._recipe.evaluation.grid_images, self._recipe.evaluation.seed)
-            rows.append((prompt, images, self._scorer(images, prompt, prompt).result().get("reward_G")))
+            rows.append((prompt, images, self._reward_of(images, prompt)))
         return rows
+
+    def _reward_of(self, images: Any, prompt: str) -> Any:
+        """Returns the weighted sum (N,) of scores as they are, or None where a reward gave none."""
+        parts = self._scorer(images, prompt, "grid").result()
+        weights = {reward.label: reward.weight for reward in self._recipe.rewards}
+        return weighted_sum(parts, weights) if parts.keys() == weights.keys() and weights else None
 
     def _fetch(self, ticket: Ticket) -> bytes:
         """Waits until the store has the ticket's weights: a restarted store is filled again by the learner."""
@@ -160,22 +168,43 @@ class RewardProcess:
     """A reward actor in a process of its own. It builds its reward when it is first asked, also after a restart."""
 
     def __init__(self, settings: Reward) -> None:
-        self._settings = settings
+        self._settings, self._is_hung = settings, False
+        self._busy_s, self._started_at = 0.0, time.monotonic()
+        # One thread for all scores: some models are bound to the thread that built them.
+        self._thread = ThreadPoolExecutor(1)
 
     def probe(self, prompts: Sequence[str], size: int) -> None:
         """Scores generated images, so that a reward that cannot work is refused before a run starts."""
         from rewards.contract import probe_images
 
+        actor = self._thread.submit(lambda: self._actor).result()
         for prompt in prompts:
-            self._actor.score(probe_images(2, size), prompt)
+            self._thread.submit(actor.score, probe_images(2, size), prompt).result()
 
-    def score(self, images: Any, prompt: str) -> Any:
-        """Returns (G,) fp32 scores."""
-        return self._actor.score(images, prompt)
+    def score(self, images: Any, prompt: str, num_states: int) -> Answer:
+        """Returns (N,) fp32 scores. Raises OutOfTimeError, and then makes way for a new process."""
+        self._leave_if_hung()
+        actor = self._thread.submit(lambda: self._actor).result()
+        started = time.monotonic()
+        scoring = self._thread.submit(actor.score, images, prompt, num_states)
+        wait([scoring], timeout=self._settings.timeout_s)
+        self._busy_s += time.monotonic() - started
+        if not scoring.done():
+            self._is_hung = True
+            # Late enough for the error to arrive.
+            threading.Timer(1.0, os._exit, (1,)).start()
+            raise OutOfTimeError
+        return Answer(scoring.result(), actor.is_pure)
 
     @ray.method(concurrency_group=HEALTH)
-    def ping(self) -> None:
-        """Answers also while a score is computed."""
+    def ping(self) -> dict[str, float]:
+        """Answers also while a score is computed: how long it has been busy, of how long it has lived."""
+        self._leave_if_hung()
+        return {"busy_s": self._busy_s, "alive_s": time.monotonic() - self._started_at}
+
+    def _leave_if_hung(self) -> None:
+        if self._is_hung:
+            os._exit(1)
 
     @functools.cached_property
     def _actor(self) -> Any:
@@ -259,7 +288,8 @@ def start_rewards(recipe: Recipe) -> list[RewardPool]:
         RewardPool(
             reward,
             tuple(
-                remote.options(**_options(reward), max_restarts=ROLE_RESTARTS).remote(reward)
+                # Without end: what kills a reward fails its tickets, by max_attempts.
+                remote.options(**_options(reward), max_restarts=-1).remote(reward)
                 for _ in range(reward.replicas)
             ),
         )

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cluster.attempt import Show, Status
 from protocol.recipe import Recipe
+from protocol.shares import bottleneck, busy_shares
 
 BARS = "▁▂▃▄▅▆▇█"
 TREND_LENGTH = 40
@@ -108,12 +109,10 @@ def trend(values: list[float]) -> str:
 
 
 def busy(status: Status) -> str:
-    """Returns each role's share of time spent working, averaged over its processes."""
-    shares: dict[str, list[float]] = {}
-    for role, said in status.progress.items():
-        share = said["busy_s"] / said["alive_s"] if said["alive_s"] else 0.0
-        shares.setdefault(role.split("/")[0], []).append(share)
-    return "  ".join(f"{role} {100 * sum(s) / len(s):.0f} %" for role, s in sorted(shares.items()))
+    """Returns each role's share of time spent working, and what to raise if one reward holds up all others."""
+    shares = busy_shares(status.progress)
+    hint = bottleneck(shares)
+    return "  ".join(f"{role} {100 * share:.0f} %" for role, share in shares.items()) + (f"  ({hint})" if hint else "")
 
 
 def eta_s(recipe: Recipe, rows: list[dict[str, Any]]) -> float:

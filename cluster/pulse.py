@@ -56,6 +56,7 @@ class Service:
     actor: Any
     ping: Any = None
     num_answers: int = 0
+    words: dict[str, float] | None = None
 
 
 class Services:
@@ -71,6 +72,10 @@ class Services:
                 service.ping = service.actor.ping.options(max_task_retries=0).remote()
         return {service.name: service.num_answers for service in self._services}
 
+    def words(self) -> dict[str, dict[str, float]]:
+        """Returns what services said when they last answered, of those that say anything."""
+        return {service.name: service.words for service in self._services if service.words}
+
     def restart(self, names: Sequence[str]) -> None:
         """Kills services; Ray starts them again, and whoever waited for them asks again."""
         for service in self._services:
@@ -83,6 +88,6 @@ class Services:
         if not done:
             return False
         with suppress(RayError):  # It is being restarted; if it never comes back, whoever needs it finds out.
-            ray.get(service.ping)
+            service.words = ray.get(service.ping)
         service.num_answers += 1
         return True

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from actors.real import open_real_images
 from actors.reward_actor import RewardActor
 from actors.rollout import FetchVersion, Rollout, Score
 from cluster.device import own_device
+from cluster.score_log import Entry, ScoreLog, score_key
 from cluster.verify import Record, Row, Violation, place, refuse
 from diffusion.chain import Chain
 from diffusion.fingerprint import fingerprint
@@ -31,7 +33,6 @@ from learner.checkpoint import Checkpoint
 from protocol.errors import RunDirError, VerifyError
 from protocol.roles import Reward
 from protocol.tickets import Ticket, TicketPlan
-from rewards.composition import named_scores
 from rewards.contract import check_scores
 from rewards.loading import build
 
@@ -113,7 +114,7 @@ def _nothing_comparable(drawn: Sequence[Draw], own: Mapping[str, Any]) -> Verify
 
 
 def _compare_all(draws: Sequence[Draw], record: Record, policy: Policy) -> None:
-    score = make_score(record.recipe.rewards)
+    score = make_score(record.recipe.rewards, record.run_dir)
     chain = Chain(policy, record.recipe.sampler)
     maker = GroupMaker(chain, record.recipe, open_real_images(record.recipe, record.run_dir, policy))
     rollout = Rollout(chain, maker, _make_fetch(record, policy), score, "verify")
@@ -170,21 +171,25 @@ class Scored:
         return True
 
     def result(self) -> Mapping[str, np.ndarray]:
-        """Returns the sum and its parts, as reward actors' scores are sent."""
+        """Returns label -> scores, as reward actors' are sent."""
         return self.scores
 
 
-def make_score(rewards: Sequence[Reward]) -> Score:
-    """Returns a function that scores a group with rewards built in this process, each with its actors' threads."""
+def make_score(rewards: Sequence[Reward], run_dir: Path) -> Score:
+    """Returns a function that scores a group with rewards built in this process, each with its actors' threads. What
+    the run's score log holds is read there."""
     actors = {r.label: RewardActor(r.label, build(r.name, r.kwargs), check_scores) for r in rewards}
-    weights = {reward.label: reward.weight for reward in rewards}
 
-    def score(images: np.ndarray, prompt: str, ticket_id: str) -> Scored:  # noqa: ARG001
+    def score(images: np.ndarray, prompt: str, ticket_id: str, num_states: int = 1) -> Scored:
         parts = {}
         for reward in rewards:
-            with _threads(reward.threads):
-                parts[reward.label] = actors[reward.label].score(images, prompt)
-        return Scored(named_scores(parts, weights))
+            entry = ScoreLog(run_dir, reward.label).read(score_key(ticket_id, images, prompt))
+            if entry is None:
+                with _threads(reward.threads):
+                    entry = Entry(actors[reward.label].score(images, prompt, num_states))
+            if entry.scores is not None:
+                parts[reward.label] = entry.scores
+        return Scored(parts)
 
     return score
 

@@ -1,23 +1,39 @@
-"""Asking reward actors for scores: images go through Ray's object store once, rewards score concurrently."""
+"""Asking reward actors for scores: images go through Ray's object store once, rewards score concurrently.
+
+    asked --> scores                              --> (score log) --> done
+      ^   --> error, or time-out                  --+
+      |   --> its actor died --> one answers again --+--> asked again, up to max_attempts --> failed
+      +----------------------------------------------+
+
+A required reward that failed is an error; an optional one gives no scores, and the learner leaves it out of the round.
+"""
 
 from __future__ import annotations
 
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from cluster.score_log import Entry, ScoreLog, score_key
 from protocol.errors import RewardError, SfumatoError
 from protocol.roles import Reward
-from rewards.composition import named_scores
 
-RESTART_POLL_S = 0.5
+POLL_S = 0.02
+PING_EVERY_S = 0.5
+RESTART_TIMEOUT_S = 600.0
+"""How long a lost actor may take to come back: it loads its model again."""
+
+
+class OutOfTimeError(Exception):
+    """A reward has scored for longer than it may; the process that hangs in it makes way for a new one."""
 
 
 @dataclass(frozen=True)
@@ -28,72 +44,158 @@ class RewardPool:
     actors: tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a reward actor returns: fp32 scores, and whether they may be asked for again."""
+
+    scores: np.ndarray
+    is_pure: bool
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be scored. `reference` is where Ray keeps the images."""
+
+    images: np.ndarray
+    reference: Any
+    prompt: str
+    ticket_id: str
+    num_states: int
+
+    @cached_property
+    def key(self) -> str:
+        """Its name in score logs."""
+        return score_key(self.ticket_id, self.images, self.prompt)
+
+
 class Scorer:
     """Hands out `score(images, prompt, ticket_id)`; results come in as a PendingGroupScores."""
 
-    def __init__(self, pools: Sequence[RewardPool]) -> None:
-        self._pools = pools
+    def __init__(self, pools: Sequence[RewardPool], run_dir: Path) -> None:
+        self._pools, self._run_dir = pools, run_dir
 
-    def __call__(self, images: np.ndarray, prompt: str, ticket_id: str) -> PendingGroupScores:
-        """Sends uint8 images (G, H, W, 3) of one prompt to one actor of every pool."""
-        return PendingGroupScores(self._pools, ray.put(images), prompt, ticket_id)
+    def __call__(self, images: np.ndarray, prompt: str, ticket_id: str, num_states: int = 1) -> PendingGroupScores:
+        """Sends uint8 images (G M, H, W, 3) of one prompt to one actor of every pool."""
+        question = Question(images, ray.put(images), prompt, ticket_id, num_states)
+        return PendingGroupScores(
+            [PendingPart(pool, question, ScoreLog(self._run_dir, pool.settings.label)) for pool in self._pools]
+        )
 
 
 class PendingGroupScores:
     """The scores of one group, on their way from every pool."""
 
-    def __init__(self, pools: Sequence[RewardPool], images: Any, prompt: str, ticket_id: str) -> None:
-        self._pools, self._images, self._prompt, self._ticket_id = pools, images, prompt, ticket_id
-        self._refs = [self._ask(pool, attempt=0) for pool in pools]
+    def __init__(self, parts: Sequence[PendingPart]) -> None:
+        self._parts = parts
 
     def ready(self) -> bool:
-        """True once every pool has answered, with scores or with an error."""
-        done, _ = ray.wait(self._refs, num_returns=len(self._refs), timeout=0)
-        return len(done) == len(self._refs)
+        """True once every reward has scored or failed. Asks again where that is due; never waits."""
+        answered = [part.ready() for part in self._parts]
+        return all(answered)
 
     def result(self) -> Mapping[str, np.ndarray]:
-        """Waits; a lost actor, a time-out or an error is tried again up to the reward's max_attempts."""
-        parts = {pool.settings.label: self._wait(pool, ref) for pool, ref in zip(self._pools, self._refs, strict=True)}
-        weights = {pool.settings.label: pool.settings.weight for pool in self._pools}
-        return named_scores(parts, weights)
+        """Waits; returns label -> fp32 scores of all rewards that did not fail. Raises a required one's error."""
+        while not self.ready():
+            time.sleep(POLL_S)
+        entries = {part.label: part.result() for part in self._parts}
+        return {label: entry.scores for label, entry in entries.items() if entry.scores is not None}
 
-    def _ask(self, pool: RewardPool, attempt: int) -> Any:
+
+class PendingPart:
+    """One reward's scores of one group."""
+
+    def __init__(self, pool: RewardPool, question: Question, log: ScoreLog) -> None:
+        self._pool, self._settings, self._question, self._log = pool, pool.settings, question, log
+        self._attempt, self._lost_at, self._pinged_at = 0, 0.0, 0.0
+        self._ref: Any = None
+        self._pings: list[Any] = []
+        self._error: SfumatoError | None = None
+        self._entry = log.read(question.key) if log.exists() or not self._settings.required else None
+        if self._entry is None:
+            self._ask()
+
+    @property
+    def label(self) -> str:
+        """The reward's name."""
+        return self._settings.label
+
+    def ready(self) -> bool:
+        """Takes what has come; True once that is the end of it."""
+        if self._entry is None and self._pings:
+            self._ask_once_one_answers()
+        elif self._entry is None and ray.wait([self._ref], timeout=0)[0]:
+            self._take()
+        return self._entry is not None
+
+    def result(self) -> Entry:
+        """Returns what came. Raises RewardError if a required reward failed."""
+        assert self._entry is not None
+        if self._entry.scores is None and self._error and self._settings.required:
+            raise self._error
+        return self._entry
+
+    def _ask(self) -> None:
         # By ticket, so that a pool's load is even whatever the order; a retry asks the next actor.
-        number = (zlib.crc32(self._ticket_id.encode()) + attempt) % len(pool.actors)
-        return pool.actors[number].score.remote(self._images, self._prompt)
+        number = (zlib.crc32(self._question.ticket_id.encode()) + self._attempt) % len(self._pool.actors)
+        question = self._question
+        score = self._pool.actors[number].score
+        self._ref, self._pings = score.remote(question.reference, question.prompt, question.num_states), []
 
-    def _wait(self, pool: RewardPool, ref: Any) -> np.ndarray:
-        settings = pool.settings
-        for attempt in range(1, settings.max_attempts + 1):
-            try:
-                score_G: np.ndarray = ray.get(ref, timeout=settings.timeout_s)
-                return score_G
-            except (GetTimeoutError, RayTaskError) as error:
-                last: Exception = error
-            except RayActorError as error:
-                last = error
-                _wait_until_any_answers(pool)
-            ref = self._ask(pool, attempt)
-        raise _explain(settings, self._prompt, last)
+    def _take(self) -> None:
+        try:
+            answer: Answer = ray.get(self._ref)
+        except (RayError, SfumatoError) as error:
+            self._fail(error)
+            return
+        entry = Entry(answer.scores)
+        must_stay = not (answer.is_pure and self._settings.required)
+        self._entry = self._log.write(self._question.key, entry) if must_stay else entry
+
+    def _fail(self, error: Exception) -> None:
+        self._attempt += 1
+        self._error = _explain(self._settings, self._question.prompt, error)
+        if self._attempt < self._settings.max_attempts:
+            if isinstance(error, RayActorError) or isinstance(_cause(error), OutOfTimeError):
+                self._lost_at = time.monotonic()
+                self._ping()
+            else:
+                self._ask()
+            return
+        self._entry = Entry(None, str(self._error))
+        if not self._settings.required:
+            self._entry = self._log.write(self._question.key, self._entry)
+
+    def _ping(self) -> None:
+        self._pinged_at = time.monotonic()
+        self._pings = [actor.ping.remote() for actor in self._pool.actors]
+
+    def _ask_once_one_answers(self) -> None:
+        """Gives Ray the time to restart a lost actor, so that asking again is not asking the dead."""
+        now = time.monotonic()
+        answered, _ = ray.wait(self._pings, num_returns=len(self._pings), timeout=0)
+        if any(_is_well(ping) for ping in answered) or now - self._lost_at > RESTART_TIMEOUT_S:
+            self._ask()
+        elif len(answered) == len(self._pings) and now - self._pinged_at > PING_EVERY_S:
+            self._ping()
 
 
-def _wait_until_any_answers(pool: RewardPool) -> None:
-    """Gives Ray the time to restart a lost actor, so that asking again is not asking the dead."""
-    deadline = time.monotonic() + pool.settings.timeout_s
-    while time.monotonic() < deadline:
-        answered, _ = ray.wait([actor.ping.remote() for actor in pool.actors], timeout=RESTART_POLL_S)
-        for ping in answered:
-            with suppress(RayError):
-                ray.get(ping)
-                return
-        time.sleep(RESTART_POLL_S)
+def _is_well(ping: Any) -> bool:
+    try:
+        ray.get(ping)
+    except RayError:
+        return False
+    return True
+
+
+def _cause(error: Exception) -> Exception:
+    return error.cause if isinstance(error, RayTaskError) else error
 
 
 def _explain(settings: Reward, prompt: str, error: Exception) -> SfumatoError:
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, SfumatoError):
+    cause = _cause(error)
+    if isinstance(cause, RewardError):
         return cause
-    if isinstance(error, GetTimeoutError):
+    if isinstance(cause, OutOfTimeError):
         reason = f"gave no scores within {settings.timeout_s:g} s"
     elif isinstance(error, RayActorError):
         reason = "its actor died"
@@ -101,5 +203,5 @@ def _explain(settings: Reward, prompt: str, error: Exception) -> SfumatoError:
         reason = f"raised {type(cause).__name__}: {cause}"
     return RewardError(
         f"reward {settings.name}: {reason}, {settings.max_attempts} times, on the prompt {prompt!r}",
-        do="run the reward by itself on an image of this prompt; raise timeout_s if it is only slow",
+        do="try it by itself with `sfumato rewards check`, with this prompt; raise timeout_s if it is only slow",
     )

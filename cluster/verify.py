@@ -61,6 +61,7 @@ class Row(VersionsLine):
     fingerprints: tuple[Json[dict[str, Any]], ...]
     made_good: dict[str, int]
     world_size: int
+    left_out: tuple[str, ...] = ()
 
 
 Line = TypeVar("Line", bound=MetricsLine)

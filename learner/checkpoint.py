@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ CONSOLIDATED = "consolidated.safetensors"
 class Meta:
     """What a checkpoint is of: `Meta(round=10, step=40, skipped_updates=0, world_size=2, zero_stage=1,
     precision="fp32", digests={"9": "ab...", "10": "cd..."}, algorithm_state={})`: 10 rounds done, version 10 is next.
-    `algorithm_state` is what the algorithm keeps between rounds besides the weights."""
+    `algorithm_state` is what the algorithm keeps between rounds besides the weights, `reward_state` what running means
+    of rewards do."""
 
     round: int
     step: int
@@ -37,6 +38,7 @@ class Meta:
     precision: str
     digests: dict[str, str]
     algorithm_state: dict[str, Any]
+    reward_state: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,17 @@ class Journal:
 
 
 def ledger_row(
-    round_: int, receipts: Sequence[Receipt], published_digest: str, counts: Counts, world_size: int
+    round_: int,
+    receipts: Sequence[Receipt],
+    published_digest: str,
+    counts: Counts,
+    world_size: int,
+    left_out: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Returns which groups a round consumed, who made each and on what, and the digest that came of it.
 
-    `checksums`, `workers` and `fingerprint_of` have one entry a ticket; the last is a position in `fingerprints`.
+    `left_out` names optional rewards that failed in the round. `checksums`, `workers` and `fingerprint_of` have one
+    entry a ticket; the last is a position in `fingerprints`.
     """
     versions = {(receipt.version, receipt.weights_digest) for receipt in receipts}
     assert len(versions) == 1, "a round is sampled with one version"
@@ -56,6 +62,7 @@ def ledger_row(
         "fingerprints": fingerprints,
         "made_good": vars(counts).copy(),
         "world_size": world_size,
+        "left_out": list(left_out),
     }
 
 
@@ -71,6 +78,8 @@ def metrics_row(
     skipped_updates: int,
     times: dict[str, float],
     costs: dict[str, float],
+    left_out: Sequence[str] = (),
+    busy: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Returns a round's line for people and plots. What an optimizer step reports is given as the mean over the
     round's steps, which `updates` lists one by one."""
@@ -91,8 +100,10 @@ def metrics_row(
         "parity/max_abs": report.parity_max_abs,
         "parity/recomputed": report.recomputed,
         "skipped_updates": skipped_updates,
+        **{f"left_out/{label}": 1 for label in left_out},
         **{f"groups/{name}": value for name, value in vars(counts).items()},
         **{f"time/{name}": value for name, value in times.items()},
+        **{f"busy/{name}": share for name, share in (busy or {}).items()},
         **{f"cost/{name}": value for name, value in costs.items()},
     }
 

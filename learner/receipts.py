@@ -15,7 +15,7 @@ class Receipt:
             worker="0@host", fingerprint='{"device":"cpu",...}', rollout_s=0.41, reward_s=0.02,
             num_images=4, rewards={"mean": (-1.2, -0.4, -2.0, -0.9), "digit_alignment": (...)})
 
-    A group that nothing was scored of has no rewards.
+    `rewards["mean"]` is the weighted sum that is trained on. A group that nothing was scored of has no rewards.
     """
 
     ticket_id: str
@@ -31,14 +31,7 @@ class Receipt:
 
 
 def receipt_of(group: Group) -> Receipt:
-    """Returns the receipt of a group; `rewards["mean"]` is the weighted sum that is trained on."""
-    rewards = {
-        name[len("reward_") : -len("_G")]: tuple(values.tolist())
-        for name, values in group.arrays.items()
-        if name.startswith("reward_") and name != "reward_G"
-    }
-    if "reward_G" in group.arrays:
-        rewards["mean"] = tuple(group.array("reward_G").tolist())
+    """Returns the receipt of a group as it came. Its rewards are added up later, with those of the whole round."""
     return Receipt(
         group.ticket_id,
         group.version,
@@ -49,5 +42,5 @@ def receipt_of(group: Group) -> Receipt:
         group.rollout_s,
         group.reward_s,
         group.num_images,
-        rewards,
+        {},
     )

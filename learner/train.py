@@ -19,6 +19,7 @@ from learner import checkpoint
 from learner.checkpoint import Meta
 from learner.collect import Collected, Collector, Counts
 from learner.company import Company, Said, role_of
+from learner.composition import Composition
 from learner.engine import Engine
 from learner.journal import Journal, ledger_row, metrics_row
 from learner.probes import Costs
@@ -28,6 +29,7 @@ from learner.updaters import make_updater
 from learner.versions import Versions, VersionStore, copy_state
 from protocol.errors import RedisError, TrainingError
 from protocol.recipe import Recipe
+from protocol.shares import busy_shares
 from protocol.stream import GroupReader, Streams
 from protocol.tickets import TicketPlan
 
@@ -65,6 +67,7 @@ class LearnerRank:
         self._tools = Tools(recipe, self._chain, self._engine, after_pass, follows=company.name is not None)
         self._updater = make_updater(self._tools)
         self._versions = Versions(plan)
+        self._composition = Composition(recipe.rewards, self._engine.gather)
         self._issued, self._costs_before = 0, Costs()
         self._round, self._step, self._skipped = 0, 0, 0
         self._checked_store_at = self._reported_at = 0.0
@@ -76,6 +79,7 @@ class LearnerRank:
         self._begin()
         while self._round < self._recipe.rounds:
             collected, wait_s = self._collect()
+            collected = self._composition.compose(collected)
             report, learner_s = self._learn(collected)
             self._keep_version(self._round + 1)
             self._write_journal(collected, report, learner_s, wait_s)
@@ -104,6 +108,7 @@ class LearnerRank:
         self._restore_engine(found)
         self._round, self._step, self._skipped = meta.round, meta.step, meta.skipped_updates
         self._updater.load_state(meta.algorithm_state)
+        self._composition.load_state(meta.reward_state)
         for version in sorted(map(int, meta.digests)):
             self._versions.keep(version, unpack(found.version_bytes(version)))
         self._check_restored(meta)
@@ -247,6 +252,7 @@ class LearnerRank:
             learner.precision,
             digests,
             self._updater.state(),
+            self._composition.state(),
         )
 
     def _write_journal(self, collected: Collected, report: UpdateReport, learner_s: float, wait_s: float) -> None:
@@ -269,8 +275,11 @@ class LearnerRank:
             skipped_updates=self._skipped,
             times=self._times(receipts, learner_s, wait_s),
             costs=costs,
+            left_out=self._composition.left_out,
+            busy=self._busy(),
         )
-        self._journal.write(metrics, ledger_row(self._round, receipts, digest, counts, self._engine.world_size))
+        ledger = ledger_row(self._round, receipts, digest, counts, self._engine.world_size, self._composition.left_out)
+        self._journal.write(metrics, ledger)
 
     def _times(self, receipts: list[Receipt], learner_s: float, wait_s: float) -> dict[str, float]:
         """rollout_s and reward_s add up over the round's groups, whoever made them."""
@@ -281,6 +290,11 @@ class LearnerRank:
             "wait_s": wait_s,
             "elapsed_s": time.monotonic() - self._started_at,
         }
+
+    def _busy(self) -> dict[str, float]:
+        with suppress(RedisError):  # A server that is away says nothing of anyone.
+            return busy_shares(self._streams.progress())
+        return {}
 
     def _costs(self, receipts: list[Receipt]) -> dict[str, float]:
         """What all ranks and the rollouts have evaluated for this round (algorithms.md 7.1)."""

@@ -252,6 +252,10 @@ class Recipe(Section):
                 raise ValueError(f"rewards: two rewards are called {label}; metrics could not tell them apart")
         if self.rewards and all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: every weight is 0, so nothing is trained on")
+        if self.rewards and not any(reward.required and reward.weight for reward in self.rewards):
+            raise ValueError(
+                "rewards: all that count are optional, so that a round could be left without any; make one required"
+            )
         return self
 
     @model_validator(mode="after")

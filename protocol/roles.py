@@ -22,6 +22,31 @@ class Placement(Section):
     """CPU threads each process computes with. Part of the numerics: 2 threads change last bits."""
 
 
+class AsIs(Section):
+    """Scores are added up as they are."""
+
+    how: Literal["none"] = "none"
+    """No normalisation."""
+
+
+class Fixed(Section):
+    """(score - mean) / std with numbers that stay."""
+
+    how: Literal["fixed"]
+    """Normalisation by given numbers."""
+    mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """What is subtracted."""
+    std: PositiveFloat
+    """What is divided by."""
+
+
+class Running(Section):
+    """(score - mean) / std over all scores so far, this round's included, in ticket order."""
+
+    how: Literal["running"]
+    """Normalisation by the run's own scores."""
+
+
 class Reward(Placement):
     """One reward: what scores an image, its weight in the sum, and its pool of actors."""
 
@@ -31,12 +56,19 @@ class Reward(Placement):
     """Factor in the weighted sum that is trained on; 0 only reports it."""
     kwargs: dict[str, Any] = Field(default={})
     """Keyword arguments of the reward's class or function."""
+    pins: tuple[str, ...] | None = None
+    """Packages of the reward's own environment, as pip names them; null: those that its file declares."""
+    normalise: Annotated[AsIs | Fixed | Running, Field(discriminator="how")] = AsIs()
+    """What is done to the scores before they are weighted and added up."""
+    required: bool = True
+    """`false`: where this reward fails on a group for good, the whole round is trained without it, instead of the run
+    being stopped."""
     replicas: PositiveInt = 1
     """Actors in the pool."""
     timeout_s: PositiveFloat = 300.0
-    """Longest time one group's scores may take."""
+    """Longest time that scoring one group may take, not counting its wait for a free actor."""
     max_attempts: PositiveInt = 3
-    """How often one group's scoring is tried before the run stops."""
+    """How often scoring one group is tried before the reward has failed on it."""
 
     @property
     def label(self) -> str:
