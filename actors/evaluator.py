@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffusion.chain import Chain
-from protocol.seeds import Purpose, derive_seed
+from protocol.tickets import evaluation_seeds
 
 ScoreImages = Callable[[np.ndarray, str], Mapping[str, np.ndarray]]
 """(images uint8 (N, H, W, 3), prompt) -> label -> (N,) scores."""
@@ -23,10 +23,8 @@ class Estimate:
 
 
 def draw_images(chain: Chain, prompt: str, num_images: int, seed: int) -> np.ndarray:
-    """Returns uint8 (N, H, W, 3). Seeds depend on the prompt and the image's number alone: two models that are
-    drawn with one seed share all noise."""
-    seeds = [derive_seed(seed, Purpose.EVALUATION, prompt, number) for number in range(num_images)]
-    latents = chain.sample(prompt, seeds).latents_GSCHW[:, -1].float()
+    """Returns uint8 (N, H, W, 3), at the evaluation's fixed seeds."""
+    latents = chain.sample(prompt, evaluation_seeds(seed, prompt, num_images)).latents_GSCHW[:, -1].float()
     return chain.policy.decode(latents)
 
 

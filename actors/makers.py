@@ -58,10 +58,18 @@ class GroupMaker:
 
     def is_sampled(self, ticket: Ticket) -> bool:
         """True if the group depends on the weights that the ticket names."""
-        return is_sampled(self._recipe, self._recipe.source_kinds[ticket.source])
+        return self.is_check(ticket) or is_sampled(self._recipe, self._recipe.source_kinds[ticket.source])
+
+    def is_check(self, ticket: Ticket) -> bool:
+        """True for the firewall's tickets, which come behind a round's own."""
+        return ticket.index >= self._recipe.batch.num_groups
 
     def make(self, ticket: Ticket, after_step: Callable[[], None]) -> Made:
-        """Returns what a ticket's group is made of."""
+        """Returns what a ticket's group is made of. The firewall's tickets ask for nothing but images to score."""
+        if self.is_check(ticket):
+            drawn = self._chain.sample(ticket.prompt, ticket.seeds_G, after_step)
+            images = self._chain.policy.decode(drawn.latents_GSCHW[:, -1].float())
+            return Made({}, images, None, len(images))
         real = self._real(ticket) if self._recipe.source_kinds[ticket.source] != "prompts" else {}
         if not self.is_sampled(ticket):
             return Made(real, None, None, 0)

@@ -33,8 +33,11 @@ class PendingScores(Protocol):
 class Score(Protocol):
     """Sends images to be scored."""
 
-    def __call__(self, images: np.ndarray, prompt: str, ticket_id: str, num_states: int = 1) -> PendingScores:
-        """Takes uint8 images (G M, H, W, 3) of a ticket's G candidates at `num_states` M states each."""
+    def __call__(
+        self, images: np.ndarray, prompt: str, ticket_id: str, num_states: int = 1, is_check: bool = False
+    ) -> PendingScores:
+        """Takes uint8 images (G M, H, W, 3) of a ticket's G candidates at `num_states` M states each. Held-out rewards
+        score what is drawn for a check."""
         ...
 
 
@@ -84,7 +87,8 @@ class Rollout:
         rollout_s = time.monotonic() - started
         scores: PendingScores = NoScores()
         if made.images is not None:
-            scores = self._score(made.images, ticket.prompt, ticket.ticket_id, made.num_states or 1)
+            num_states, is_check = made.num_states or 1, self._maker.is_check(ticket)
+            scores = self._score(made.images, ticket.prompt, ticket.ticket_id, num_states, is_check)
         return Sampled(ticket, made, digest, rollout_s, scores)
 
     def complete(self, sampled: Sampled) -> Group:

@@ -178,7 +178,7 @@ class Attempt:
                     self._check_rank(ref)
                     waiting.remove(ref)
                 else:
-                    self._check_rollout(ref)
+                    self._check_rollout(ref, waiting)
             if redis.keep_alive(self._recipe.supervision.answer_timeout_s):
                 self._look()
             else:
@@ -193,11 +193,12 @@ class Attempt:
         except RayError as error:
             raise own_error(error) or LearnerLostError(first_line(error)) from error
 
-    def _check_rollout(self, ref: Any) -> None:
+    def _check_rollout(self, ref: Any, training: list[Any]) -> None:
         name, lost = self._crew.ended(ref)
         if lost is None:
             return
         if ours := own_error(lost):
+            self._stop_learners(training, ours)
             raise ours from lost
         has_delivered = self._status.progress.get(f"rollout/{name}", {}).get("groups", 0) > 0
         self._num_lost[name] = 1 if has_delivered else self._num_lost[name] + 1
@@ -211,6 +212,13 @@ class Attempt:
         with suppress(RedisError):  # The new one has not delivered what the old one has.
             self._streams.report_progress(f"rollout/{name}", groups=0, busy_s=0.0, alive_s=0.0, ticket=None)
         self._crew.replace(name)
+
+    def _stop_learners(self, training: list[Any], error: SfumatoError) -> None:
+        """Lets the learners save what they have learnt, before a run ends that cannot go on."""
+        self._tell(f"saving a checkpoint before stopping: {str(error).splitlines()[0]}")
+        with suppress(RedisError):  # Then the newest checkpoint must do.
+            self._streams.ask_to_stop()
+            ray.wait(training, num_returns=len(training), timeout=self._recipe.supervision.stall_timeout_s)
 
     def _look(self) -> None:
         """Reads what the roles say of themselves, shows it, and restarts whoever stands still."""

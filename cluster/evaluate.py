@@ -82,7 +82,8 @@ def evaluate_run(run_dir: Path, prompts_file: str | None) -> Evaluation:
 
 def make_scorer(recipe: Recipe) -> ScoreImages:
     """Returns a function that scores images with every reward of a recipe, in this process."""
-    trained, extra = recipe.rewards, recipe.evaluation.rewards
+    trained = recipe.rewards
+    extra = (*recipe.scored_rewards[len(trained) :], *recipe.evaluation.rewards)
     if not (trained or extra):
         raise RecipeError("there is nothing to evaluate by", do="name rewards under evaluation.rewards in the recipe")
     functions = {reward.label: build(reward.name, reward.kwargs) for reward in (*trained, *extra)}

@@ -240,7 +240,7 @@ def roles(recipe: Recipe) -> list[tuple[Placement, int]]:
     return [
         *((learner, learner.world_size) for learner in recipe.learners),
         (recipe.rollout_worker, recipe.rollouts),
-        *((reward, reward.replicas) for reward in recipe.rewards),
+        *((reward, reward.replicas) for reward in recipe.scored_rewards),
     ]
 
 
@@ -292,8 +292,9 @@ def start_rewards(recipe: Recipe) -> list[RewardPool]:
                 remote.options(**_options(reward), max_restarts=-1).remote(reward)
                 for _ in range(reward.replicas)
             ),
+            held_out=reward not in recipe.rewards,
         )
-        for reward in recipe.rewards
+        for reward in recipe.scored_rewards
     ]
 
 

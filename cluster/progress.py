@@ -19,6 +19,7 @@ from protocol.shares import bottleneck, busy_shares
 
 BARS = "▁▂▃▄▅▆▇█"
 TREND_LENGTH = 40
+NUM_REMARKS = 2
 SHARES = {"clip_fraction": "clip", "pairs/accuracy": "pairs won"}
 """What is shown of an algorithm's own metrics, where it has them."""
 
@@ -74,11 +75,21 @@ def round_line(recipe: Recipe, rows: list[dict[str, Any]], status: Status) -> st
     row = rows[-1]
     reward = f"reward {row['reward/mean']:.3f}  " if "reward/mean" in row else ""
     share = "".join(f"{name} {row[key]:.2f}  " for key, name in SHARES.items() if key in row)
+    told = "".join(f"\n{words}" for words in remarks(row))
     return (
         f"round {row['round'] + 1}/{recipe.rounds}  {reward}loss {row['loss']:.3g}  "
         f"{share}learner {row['time/learner_s']:.1f} s  wait {row['time/wait_s']:.1f} s  "
-        f"{busy(status)}  ETA {duration(eta_s(recipe, rows))}"
+        f"{busy(status)}  ETA {duration(eta_s(recipe, rows))}{told}"
     )
+
+
+def remarks(row: dict[str, Any]) -> list[str]:
+    """Returns what a person should know of a round."""
+    left_out = [name.removeprefix("left_out/") for name in row if name.startswith("left_out/")]
+    remarks = [f"the optional reward {label} failed: this round is trained without it" for label in left_out]
+    if "firewall/reason" in row:
+        remarks.append(f"FIREWALL: {row['firewall/reason']}")
+    return remarks
 
 
 def panel(recipe: Recipe, rows: list[dict[str, Any]], status: Status) -> Group:
@@ -94,6 +105,8 @@ def panel(recipe: Recipe, rows: list[dict[str, Any]], status: Status) -> Group:
         for key, words in SHARES.items():
             if key in rows[-1]:
                 table.add_row(words, f"{rows[-1][key]:.2f}")
+        for words in [words for past in rows for words in remarks(past)][-NUM_REMARKS:]:
+            table.add_row("remark", words)
         table.add_row("ETA", duration(eta_s(recipe, rows)))
     table.add_row("busy", busy(status))
     table.add_row("tickets", status.queue)

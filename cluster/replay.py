@@ -180,7 +180,13 @@ def make_score(rewards: Sequence[Reward], run_dir: Path) -> Score:
     the run's score log holds is read there."""
     actors = {r.label: RewardActor(r.label, build(r.name, r.kwargs), check_scores) for r in rewards}
 
-    def score(images: np.ndarray, prompt: str, ticket_id: str, num_states: int = 1) -> Scored:
+    def score(
+        images: np.ndarray,
+        prompt: str,
+        ticket_id: str,
+        num_states: int = 1,
+        is_check: bool = False,  # noqa: ARG001
+    ) -> Scored:
         parts = {}
         for reward in rewards:
             entry = ScoreLog(run_dir, reward.label).read(score_key(ticket_id, images, prompt))

@@ -42,6 +42,7 @@ class RewardPool:
 
     settings: Reward
     actors: tuple[Any, ...]
+    held_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,14 @@ class Scorer:
     def __init__(self, pools: Sequence[RewardPool], run_dir: Path) -> None:
         self._pools, self._run_dir = pools, run_dir
 
-    def __call__(self, images: np.ndarray, prompt: str, ticket_id: str, num_states: int = 1) -> PendingGroupScores:
-        """Sends uint8 images (G M, H, W, 3) of one prompt to one actor of every pool."""
+    def __call__(
+        self, images: np.ndarray, prompt: str, ticket_id: str, num_states: int = 1, is_check: bool = False
+    ) -> PendingGroupScores:
+        """Sends uint8 images (G M, H, W, 3) of one prompt to one actor of every pool; the held-out ones see checks."""
         question = Question(images, ray.put(images), prompt, ticket_id, num_states)
+        pools = [pool for pool in self._pools if is_check or not pool.held_out]
         return PendingGroupScores(
-            [PendingPart(pool, question, ScoreLog(self._run_dir, pool.settings.label)) for pool in self._pools]
+            [PendingPart(pool, question, ScoreLog(self._run_dir, pool.settings.label)) for pool in pools]
         )
 
 

@@ -315,7 +315,8 @@ def check_metrics(rounds: Sequence[int], rows: Sequence[Row], checkpointed: int)
 
 def check_meta(meta: Meta, named: Mapping[int, str], plan: TicketPlan) -> list[Violation]:
     """A checkpoint of round u holds what rounds from u on may ask for, under the digests that the ledger names."""
-    kept = [version for version in plan.kept_versions(meta.round) if version in named or version > 0]
+    good = {meta.firewall_state["good"]} if plan.checks and meta.firewall_state else set()
+    kept = [version for version in sorted({*plan.kept_versions(meta.round), *good}) if version in named or version > 0]
     wanted = {str(version): named.get(version, "one that the ledger names") for version in kept}
     return [
         Violation(

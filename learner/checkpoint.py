@@ -28,7 +28,7 @@ class Meta:
     """What a checkpoint is of: `Meta(round=10, step=40, skipped_updates=0, world_size=2, zero_stage=1,
     precision="fp32", digests={"9": "ab...", "10": "cd..."}, algorithm_state={})`: 10 rounds done, version 10 is next.
     `algorithm_state` is what the algorithm keeps between rounds besides the weights, `reward_state` what running means
-    of rewards do."""
+    of rewards do, `firewall_state` what the firewall has seen."""
 
     round: int
     step: int
@@ -39,6 +39,7 @@ class Meta:
     digests: dict[str, str]
     algorithm_state: dict[str, Any]
     reward_state: dict[str, Any] = field(default_factory=dict)
+    firewall_state: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,15 @@ class Collected:
     groups: list[Group]
     receipts: list[Receipt]
 
+    def checks(self, num_groups: int) -> list[Group]:
+        """Returns the answers to the firewall's tickets, which come behind the round's own `num_groups`."""
+        return [group for group in self.groups if group.index >= num_groups]
+
+    def without_checks(self, num_groups: int) -> Collected:
+        """Returns what is learnt from."""
+        kept = [pair for pair in zip(self.groups, self.receipts, strict=True) if pair[0].index < num_groups]
+        return Collected([group for group, _ in kept], [receipt for _, receipt in kept])
+
 
 class Collector:
     """Holds the tickets that are out and gives each round's groups back when they are complete."""

@@ -98,6 +98,14 @@ class Engine:
         for state in self._base_optimizer.state.values():
             state["step"].zero_()
 
+    def start_from_parameters(self) -> None:
+        """Makes AdamW go on from the values that the module's parameters were given. Every rank calls it."""
+        with self.gathered():
+            values = {name: p.detach().to(torch.float32, copy=True) for name, p in self._trained()}
+        for name, parameter in self._trained():
+            self._write_whole(parameter, MASTER, values[name])
+        self.forget_moments()
+
     def sum(self, values: Tensor) -> Tensor:
         """Returns the elementwise sum over ranks."""
         return self._reduce(values, dist.ReduceOp.SUM)

@@ -6,11 +6,10 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from diffusion.chain import Chain
 from diffusion.policy import Policy
@@ -21,22 +20,26 @@ from learner.collect import Collected, Collector, Counts
 from learner.company import Company, Said, role_of
 from learner.composition import Composition
 from learner.engine import Engine
-from learner.journal import Journal, ledger_row, metrics_row
-from learner.probes import Costs
-from learner.receipts import Receipt
+from learner.firewall import Verdict, Watchman
+from learner.restore import check_restored, restore_engine
+from learner.scribe import Round, Scribe
 from learner.update import Tools, UpdateReport
 from learner.updaters import make_updater
 from learner.versions import Versions, VersionStore, copy_state
 from protocol.errors import RedisError, TrainingError
 from protocol.recipe import Recipe
-from protocol.shares import busy_shares
 from protocol.stream import GroupReader, Streams
-from protocol.tickets import TicketPlan
+from protocol.tickets import Ticket, TicketPlan
 
 REPUBLISH_EVERY_S = 5.0
 REPORT_EVERY_S = 1.0
 COMPANY_POLL_S = 0.05
+CHECK_STOP_EVERY_S = 1.0
 ALONE = Company(None, {})
+
+
+class StopAsked(Exception):  # noqa: N818  # Not an error: the driver has asked for it.
+    """The run is to end at the next place where nothing is lost."""
 
 
 class LearnerRank:
@@ -68,22 +71,32 @@ class LearnerRank:
         self._updater = make_updater(self._tools)
         self._versions = Versions(plan)
         self._composition = Composition(recipe.rewards, self._engine.gather)
-        self._issued, self._costs_before = 0, Costs()
+        self._watchman = Watchman(recipe.firewall, recipe.rewards, self._engine.gather)
+        self._scribe = Scribe(recipe, run_dir, self._engine, streams, follows=company.name is not None)
+        self._issued = 0
         self._round, self._step, self._skipped = 0, 0, 0
-        self._checked_store_at = self._reported_at = 0.0
-        self._waiting_s, self._started_at = 0.0, time.monotonic()
+        self._checked_store_at = self._checked_stop_at = self._reported_at = 0.0
+        self._wait_s, self._waiting_s, self._started_at = 0.0, 0.0, time.monotonic()
         self._collector = self._make_collector()
 
     def train(self) -> None:
         """Runs the rounds that are left, from the newest checkpoint if there is one."""
         self._begin()
         while self._round < self._recipe.rounds:
-            collected, wait_s = self._collect()
-            collected = self._composition.compose(collected)
-            report, learner_s = self._learn(collected)
+            collected = self._collect()
+            if collected is None:
+                self._stop_early()
+                return
+            looked = self._look(collected)
+            scored = self._composition.compose(collected.without_checks(self._plan.num_groups))
+            report, learner_s = self._learn(scored)
+            if looked.action == "roll_back":
+                self._roll_back()
             self._keep_version(self._round + 1)
-            self._write_journal(collected, report, learner_s, wait_s)
+            self._write(scored, report, looked, learner_s)
             self._round += 1
+            if looked.action == "stop":
+                self._stop_for(looked)
             self._checkpoint_if_due()
             self._publish(self._round)
             self._issue_due()
@@ -91,10 +104,9 @@ class LearnerRank:
 
     def _begin(self) -> None:
         self._restore(checkpoint.newest_up_to(self._run_dir, self._resume_round))
-        if self._is_first_rank:
-            self._journal = Journal(self._run_dir, first_round=self._round)
-            if not self._follows:
-                self._streams.open()
+        self._scribe.open(first_round=self._round)
+        if self._is_first_rank and not self._follows:
+            self._streams.open()
         for version in sorted(self._versions.states):
             self._publish(version)
         self._issued = self._round
@@ -105,51 +117,47 @@ class LearnerRank:
             self._keep_version(0)
             return
         meta = found.meta
-        self._restore_engine(found)
+        restore_engine(self._engine, self._recipe.learner, found, self._tools.reach_all)
         self._round, self._step, self._skipped = meta.round, meta.step, meta.skipped_updates
         self._updater.load_state(meta.algorithm_state)
         self._composition.load_state(meta.reward_state)
+        self._watchman.load_state(meta.firewall_state)
+        if self._recipe.firewall:
+            self._versions.pin(self._watchman.good)
         for version in sorted(map(int, meta.digests)):
             self._versions.keep(version, unpack(found.version_bytes(version)))
-        self._check_restored(meta)
-
-    def _restore_engine(self, found: checkpoint.Checkpoint) -> None:
-        learner = self._recipe.learner
-        layout = {"world_size": learner.world_size, "zero_stage": learner.zero_stage}
-        if checkpoint.is_native(found.meta, **layout, precision=learner.precision):
-            self._engine.load(found.folder / "state")
-        else:
-            whole = load_file(found.folder / checkpoint.CONSOLIDATED)
-            self._engine.load_consolidated(whole, found.meta.step, self._tools.reach_all)
-
-    def _check_restored(self, meta: Meta) -> None:
-        """Training must go on from the very weights that were published."""
         with self._engine.gathered():
-            digests = {**self._versions.digests, meta.round: weights_digest(self._policy.trainable_state())}
-        for version, digest in meta.digests.items():
-            if digests[int(version)] != digest:
-                raise TrainingError(
-                    f"checkpoint round {meta.round} is damaged: its version {version} has other weights",
-                    value=digests[int(version)],
-                    expected=digest,
-                    do="delete this checkpoint and resume from the one before it",
-                )
+            now = weights_digest(self._policy.trainable_state())
+        check_restored(meta, {**self._versions.digests, meta.round: now})
 
-    def _collect(self) -> tuple[Collected, float]:
+    def _collect(self) -> Collected | None:
+        """Returns this rank's part of the round, or None if the driver has asked all to stop before it was whole."""
         started = time.monotonic()
-        if self._follows:
-            self._wait_until(self._company.first_has_begun)
-        collected = self._collector.collect(self._round)
-        self._report_progress("learning", at_once=True)
+        collected = self._collect_unless_stopped()
+        # Every rank is asked, but some may hold their part already: either all go on, or none.
+        if self._engine.max(torch.tensor(float(collected is None))):
+            return None
         with suppress(RedisError):  # What is not trimmed now is trimmed with the next round.
-            if self._follows:
-                self._collector.report()
-            else:
-                self._wait_for_followers()
+            if not self._follows:
                 self._collector.trim()
-        wait_s = time.monotonic() - started
-        self._waiting_s += wait_s
-        return collected, wait_s
+        self._wait_s = time.monotonic() - started
+        self._waiting_s += self._wait_s
+        return collected
+
+    def _collect_unless_stopped(self) -> Collected | None:
+        try:
+            if self._follows:
+                self._wait_until(self._company.first_has_begun)
+            collected = self._collector.collect(self._round)
+            self._report_progress("learning", at_once=True)
+            with suppress(RedisError):
+                if self._follows:
+                    self._collector.report()
+                else:
+                    self._wait_for_followers()
+        except StopAsked:
+            return None
+        return collected
 
     def _wait_until(self, holds: Callable[[int, Said], bool]) -> None:
         """Waits until something holds of this round, by what the learners say of themselves."""
@@ -161,14 +169,12 @@ class LearnerRank:
             self._while_waiting()
 
     def _wait_for_followers(self) -> None:
-        """Waits until every follower has collected the round, and makes good what was lost before they had."""
-        if not self._company.followers:
+        """The first rank waits until every follower has collected the round, and makes good what was lost before."""
+        if not self._company.followers or not self._is_first_rank:
             return
-        if self._is_first_rank:
-            round_ = self._round
-            tickets = self._plan.round(round_, self._versions.digests[self._plan.version_of(round_)])
-            self._collector.make_good(tickets, lambda: self._company.all_have(round_, self._streams.progress()))
-        self._engine.barrier()
+        round_ = self._round
+        tickets = self._tickets(round_)
+        self._collector.make_good(tickets, lambda: self._company.all_have(round_, self._streams.progress()))
 
     def _learn(self, collected: Collected) -> tuple[UpdateReport, float]:
         started = time.monotonic()
@@ -188,7 +194,7 @@ class LearnerRank:
         """Puts an earlier version's weights into the module for a while, and then the very same bits back."""
         with self._engine.gathered():
             current = copy_state(self._policy.trainable_state())
-            self._policy.load_trainable_state(self._versions.states[version])
+        self._put_in(version)
         try:
             yield
         finally:
@@ -215,20 +221,64 @@ class LearnerRank:
 
     def _issue(self, round_: int) -> None:
         """Issues a round's tickets; every rank notes those that it is to collect."""
-        # A follower learns from the groups which weights the first learner's version has.
-        digest = "" if self._follows else self._versions.digests[self._plan.version_of(round_)]
-        tickets = self._plan.round(round_, digest)
+        tickets = self._tickets(round_)
         rank, world_size = self._engine.rank, self._engine.world_size
         self._collector.expect(round_, [t for t in tickets if t.index % world_size == rank])
         if self._is_first_rank and not self._follows:
             with suppress(RedisError):  # The collector issues again what never went out.
                 self._streams.issue(tickets)
 
+    def _tickets(self, round_: int) -> list[Ticket]:
+        """Returns a round's tickets, and those of the firewall's check."""
+        # A follower learns from the groups which weights the first learner's version has.
+        digest = "" if self._follows else self._versions.digests[self._plan.version_of(round_)]
+        return [*self._plan.round(round_, digest), *self._plan.check_tickets(round_, digest)]
+
+    def _look(self, collected: Collected) -> Verdict:
+        """Lets the firewall judge the version that sampled the round, if a check was due."""
+        if self._recipe.firewall is None or not self._plan.check_tickets(self._round, ""):
+            return Verdict()
+        version = self._plan.version_of(self._round)
+        verdict = self._watchman.look(collected.checks(self._plan.num_groups), version)
+        if self._watchman.good == version:
+            self._versions.pin(version)
+        return verdict
+
+    def _roll_back(self) -> None:
+        """Goes on from the weights of the last good check, whatever this round's update made of those it had."""
+        self._put_in(self._watchman.roll_back(self._round + 1))
+        self._engine.start_from_parameters()
+
+    def _stop_for(self, looked: Verdict) -> None:
+        """Ends the run as the firewall says: its work is kept, and what is exported is the last good version."""
+        self._checkpoint()
+        self._put_in(self._watchman.good)
+        self._finish()
+        raise TrainingError(
+            f"the firewall stopped the run after round {self._round}: {'; '.join(looked.reasons)}",
+            do=f"look at the images; export/ holds version {self._watchman.good}, the last good one. To go on all the "
+            "same, set firewall.on_trip=warn or raise firewall.margin, and resume",
+        )
+
+    def _put_in(self, version: int) -> None:
+        with self._engine.gathered():
+            self._policy.load_trainable_state(self._versions.states[version])
+
+    def _stop_early(self) -> None:
+        """Leaves a checkpoint of all that was learnt."""
+        found = checkpoint.latest_checkpoint(self._run_dir)
+        is_new = found is None or found.meta.round < self._round
+        if self._engine.broadcast(is_new and self._round > 0):
+            self._checkpoint()
+        self._report_progress("done")
+        self._engine.close()
+
     def _checkpoint_if_due(self) -> None:
         """Before the version is published: whoever resumes must be able to answer the tickets that follow."""
-        last = self._round == self._recipe.rounds
-        if not last and self._round % self._recipe.checkpoints.every_rounds:
-            return
+        if self._round == self._recipe.rounds or self._round % self._recipe.checkpoints.every_rounds == 0:
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
         folder = checkpoint.begin(self._run_dir, self._round) if self._is_first_rank else None
         folder = self._engine.broadcast(folder)
         self._engine.save(folder / "state")
@@ -253,61 +303,23 @@ class LearnerRank:
             digests,
             self._updater.state(),
             self._composition.state(),
+            self._watchman.state(),
         )
 
-    def _write_journal(self, collected: Collected, report: UpdateReport, learner_s: float, wait_s: float) -> None:
-        parts = self._engine.gather((collected.receipts, vars(self._collector.counts)))
-        costs = self._costs([receipt for receipts, _ in parts for receipt in receipts])
-        self._collector.counts = Counts()
-        if not self._is_first_rank:
-            return
-        receipts = sorted((r for receipts, _ in parts for r in receipts), key=lambda r: r.ticket_id)
-        counts = Counts(**{name: sum(part[name] for _, part in parts) for name in vars(Counts())})
-        digest = self._versions.digests[self._round + 1]
-        metrics = metrics_row(
-            round_=self._round,
-            step=self._step,
-            on_policy=self._plan.version_of(self._round) == self._round and not self._follows,
-            staleness=self._round - self._plan.version_of(self._round),
-            receipts=receipts,
-            report=report,
-            counts=counts,
-            skipped_updates=self._skipped,
-            times=self._times(receipts, learner_s, wait_s),
-            costs=costs,
-            left_out=self._composition.left_out,
-            busy=self._busy(),
+    def _write(self, collected: Collected, report: UpdateReport, looked: Verdict, learner_s: float) -> None:
+        done = Round(
+            self._round,
+            self._plan.version_of(self._round),
+            self._step,
+            self._skipped,
+            self._versions.digests[self._round + 1],
+            learner_s,
+            self._wait_s,
+            self._composition.left_out,
+            looked.metrics,
         )
-        ledger = ledger_row(self._round, receipts, digest, counts, self._engine.world_size, self._composition.left_out)
-        self._journal.write(metrics, ledger)
-
-    def _times(self, receipts: list[Receipt], learner_s: float, wait_s: float) -> dict[str, float]:
-        """rollout_s and reward_s add up over the round's groups, whoever made them."""
-        return {
-            "rollout_s": sum(receipt.rollout_s for receipt in receipts),
-            "reward_s": sum(receipt.reward_s for receipt in receipts),
-            "learner_s": learner_s,
-            "wait_s": wait_s,
-            "elapsed_s": time.monotonic() - self._started_at,
-        }
-
-    def _busy(self) -> dict[str, float]:
-        with suppress(RedisError):  # A server that is away says nothing of anyone.
-            return busy_shares(self._streams.progress())
-        return {}
-
-    def _costs(self, receipts: list[Receipt]) -> dict[str, float]:
-        """What all ranks and the rollouts have evaluated for this round (algorithms.md 7.1)."""
-        before, self._costs_before = self._costs_before, replace(self._updater.costs)
-        counts = [
-            now - then for now, then in zip(vars(self._costs_before).values(), vars(before).values(), strict=True)
-        ]
-        total = self._engine.sum(torch.tensor(counts, dtype=torch.float64))
-        return {
-            **dict(zip(vars(before), map(int, total.tolist()), strict=True)),
-            "vae_decode": sum(receipt.num_images for receipt in receipts),
-            "reward_queries": sum(receipt.num_images for receipt in receipts) * len(self._recipe.rewards),
-        }
+        counts, self._collector.counts = self._collector.counts, Counts()
+        self._scribe.write(done, collected, report, counts, self._updater.costs)
 
     def _finish(self) -> None:
         with self._engine.gathered():
@@ -344,10 +356,19 @@ class LearnerRank:
     def _while_waiting(self) -> None:
         """Publishes again what the weight store or Redis has lost, and tells the driver that it is alive."""
         self._report_progress("waiting")
+        self._check_stop()
         if self._follows or not self._is_first_rank or time.monotonic() - self._checked_store_at < REPUBLISH_EVERY_S:
             return
         self._checked_store_at = time.monotonic()
         self._versions.publish_lost(self._store)
+
+    def _check_stop(self) -> None:
+        now = time.monotonic()
+        if now - self._checked_stop_at > CHECK_STOP_EVERY_S:
+            self._checked_stop_at = now
+            with suppress(RedisError):  # Whoever would ask cannot be heard.
+                if self._streams.is_stop_asked():
+                    raise StopAsked
 
     def _report_progress(self, state: str, *, at_once: bool = False) -> None:
         now = time.monotonic()

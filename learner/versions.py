@@ -32,14 +32,19 @@ class Versions:
         self._plan = plan
         self.states: dict[int, dict[str, Tensor]] = {}
         self.digests: dict[int, str] = {}
+        self._pinned: int | None = None
 
     def keep(self, version: int, state: State) -> None:
         """Copies a state as it is now, and lets go of what is no longer needed."""
         self.states[version] = copy_state(state)
         self.digests[version] = weights_digest(state)
         kept = self._plan.kept_versions(version)
-        for old in [v for v in self.states if v < version and v not in kept]:
+        for old in [v for v in self.states if v < version and v not in kept and v != self._pinned]:
             del self.states[old], self.digests[old]
+
+    def pin(self, version: int) -> None:
+        """Keeps a version until another one is pinned."""
+        self._pinned = version
 
     def packed(self) -> dict[int, bytes]:
         """Returns every kept version's bytes."""
@@ -52,7 +57,8 @@ class Versions:
 
     def publish_lost(self, store: VersionStore) -> None:
         """Publishes again what a restarted store no longer has."""
-        for version in sorted(set(self.states) - store.held()):
+        wanted = set(self._plan.kept_versions(max(self.states)))
+        for version in sorted(wanted & self.states.keys() - store.held()):
             self.publish(version, store)
 
 

@@ -14,6 +14,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from protocol import requirements
 from protocol.algorithms import Algorithm, Content, Iteration, SourceKind, Spin, SpinExact
 from protocol.datasets import Dataset
+from protocol.firewall import Firewall
 from protocol.roles import LAYOUT, Learner, Placement, Reward
 from protocol.section import PositiveFloat, PositiveInt, Section
 
@@ -233,6 +234,8 @@ class Recipe(Section):
     """Whose weights sample: the learner's newest, `lag` versions behind, or the base model's for ever."""
     rollout_worker: Placement = Placement()
     """What each rollout actor reserves."""
+    firewall: Firewall | None = None
+    """Held-out rewards that are looked at while training, against reward hacking; null: none."""
     redis: Redis = Redis()
     """The trajectory buffer."""
     checkpoints: Checkpoints = Checkpoints()
@@ -244,7 +247,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _reward_labels_are_distinct(self) -> Self:
-        labels = [reward.label for reward in (*self.rewards, *self.evaluation.rewards)]
+        labels = [reward.label for reward in (*self.scored_rewards, *self.evaluation.rewards)]
         for label in labels:
             if label in RESERVED_LABELS:
                 raise ValueError(f"rewards: {label} is a name that metrics use themselves; rename the reward")
@@ -280,6 +283,11 @@ class Recipe(Section):
         for problem in requirements.problems(self):
             raise ValueError(problem)
         return self
+
+    @property
+    def scored_rewards(self) -> tuple[Reward, ...]:
+        """The rewards that a run asks: those that it trains on, then those that its firewall holds out."""
+        return (*self.rewards, *(self.firewall.rewards if self.firewall else ()))
 
     @property
     def source_kinds(self) -> tuple[SourceKind, ...]:
@@ -322,6 +330,7 @@ class Recipe(Section):
             "model": self.model.model_copy(update={"trainable": follower.trainable}),
             "redis": self.redis.model_copy(update={"num_shards": self.num_shards}),
             "followers": (),
+            "firewall": None,
         }
         return self.model_copy(update=changes)
 
@@ -332,6 +341,8 @@ class Recipe(Section):
         rounds, unless learning rates follow from it.
         """
         place = {"num_cpus", "resources"}
+        # One that only watches or stops changes no weights.
+        acts = self.firewall is not None and self.firewall.on_trip == "roll_back"
         has_fixed_end = any(learner.decay == "linear" for learner in self.learners) or bool(self.iterations)
         return self.model_dump(
             mode="json",
@@ -341,6 +352,7 @@ class Recipe(Section):
                 "redis": True,
                 "checkpoints": True,
                 "evaluation": True,
+                "firewall": not acts,
                 "supervision": True,
                 "prompts": {"held_out"},
                 "learner": {*place, *LAYOUT, "num_parity_probes", "parity_tolerance"},

@@ -27,6 +27,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _excursions(recipe)
     yield from _perception(recipe)
     yield from _behaviour(recipe)
+    yield from _firewall(recipe)
     for follower in recipe.followers:
         own = recipe.of_follower(follower.name)
         for problem in (*problems(own), *_follows(recipe, own)):
@@ -42,6 +43,19 @@ def _behaviour(recipe: Recipe) -> Iterator[str]:
     algorithm = recipe.algorithm
     if recipe.behaviour == "base" and (algorithm.max_lag is not None or recipe.iterations):
         yield f"behaviour: base, but {algorithm.name} needs samples of the weights that it trains"
+
+
+def _firewall(recipe: Recipe) -> Iterator[str]:
+    if recipe.firewall is None:
+        return
+    if not recipe.rewards:
+        yield "firewall: there are no rewards whose climbing it could compare with"
+    if recipe.prompts.held_out is None and recipe.prompts.train is None:
+        yield "firewall: it has no prompts to draw; set prompts.held_out"
+    if recipe.behaviour == "base":
+        yield "behaviour: base, but the firewall looks at what the sampling weights draw, which would never change"
+    if recipe.firewall.on_trip == "roll_back" and (recipe.followers or recipe.iterations):
+        yield "firewall.on_trip: roll_back is for one learner without iterations; use warn or stop"
 
 
 def _follows(recipe: Recipe, own: Recipe) -> Iterator[str]:

@@ -62,6 +62,44 @@ class Ticket:
 
 
 @dataclass(frozen=True)
+class Checks:
+    """The firewall's tickets: every so many rounds the same prompts and seeds, with the round's version.
+
+    Their index is behind the round's own: `Ticket(ticket_id="000005-check-0001", index=num_groups + 1, ...)`.
+    """
+
+    every_rounds: int
+    prompts: tuple[str, ...]
+    images_per_prompt: int
+    seed: int
+
+    def tickets(self, round_: int, first_index: int, version: int, weights_digest: str) -> list[Ticket]:
+        """Returns a round's check tickets, none where no check is due."""
+        if round_ % self.every_rounds:
+            return []
+        return [
+            Ticket(
+                ticket_id=f"{round_:06d}-check-{number:04d}",
+                round=round_,
+                index=first_index + number,
+                prompt=prompt,
+                source=0,
+                row=number,
+                seeds_G=evaluation_seeds(self.seed, prompt, self.images_per_prompt),
+                version=version,
+                weights_digest=weights_digest,
+            )
+            for number, prompt in enumerate(self.prompts)
+        ]
+
+
+def evaluation_seeds(seed: int, prompt: str, num_images: int) -> tuple[int, ...]:
+    """Returns seeds that depend on the prompt and the image's number alone: two models that are drawn with one seed
+    share all noise."""
+    return tuple(derive_seed(seed, Purpose.EVALUATION, prompt, number) for number in range(num_images))
+
+
+@dataclass(frozen=True)
 class TicketPlan:
     """What fixes every ticket of a run except the digests of versions that do not exist yet.
 
@@ -77,6 +115,7 @@ class TicketPlan:
     lag: int
     iteration_starts: tuple[int, ...] = ()
     from_base: bool = False
+    checks: Checks | None = None
 
     def version_of(self, round_: int) -> int:
         """Round u is sampled with version max(0, u - lag), or with that of its iteration's start."""
@@ -122,6 +161,12 @@ class TicketPlan:
     def round(self, round_: int, weights_digest: str) -> list[Ticket]:
         """Returns the P tickets of a round, sorted by ticket_id."""
         return [self.ticket(round_, index, weights_digest) for index in range(self.num_groups)]
+
+    def check_tickets(self, round_: int, weights_digest: str) -> list[Ticket]:
+        """Returns the firewall's tickets of a round, if it has any."""
+        if self.checks is None:
+            return []
+        return self.checks.tickets(round_, self.num_groups, self.version_of(round_), weights_digest)
 
     def _seeds(self, round_: int, ticket_id: str, source: int, row: int) -> tuple[int, ...]:
         key = f"{self.iteration_of(round_)}/{source}/{row}" if self.iteration_starts else ticket_id

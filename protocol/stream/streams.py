@@ -316,6 +316,16 @@ class Streams:
         self._redis.hset(self.key("progress"), role, json.dumps({**values, "time": time.time()}))
 
     @explain_errors
+    def ask_to_stop(self) -> None:
+        """Asks the learners to end at the next place where nothing is lost."""
+        self._redis.set(self.key("stop"), 1)
+
+    @explain_errors
+    def is_stop_asked(self) -> bool:
+        """True once `ask_to_stop` was called in this attempt."""
+        return bool(self._redis.exists(self.key("stop")))
+
+    @explain_errors
     def progress(self) -> dict[str, dict[str, Any]]:
         """Returns the last report of every role."""
         reports = self._redis.hgetall(self.key("progress"))

@@ -7,6 +7,7 @@ import json
 import random
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from actors.makers import GroupMaker
 from actors.real import open_real_images
-from actors.rollout import PendingScores, Rollout
+from actors.rollout import Rollout
 from cluster.sources import prepare_sources, read_plan
 from diffusion.chain import Chain
 from diffusion.policy import Policy
@@ -23,7 +24,6 @@ from learner.train import LearnerRank
 from protocol.groups import Group
 from protocol.recipe import Recipe
 from protocol.stream import Claim, Streams
-from rewards.composition import named_scores
 
 
 class MemoryStore:
@@ -42,20 +42,25 @@ class MemoryStore:
         return next(data for held, data in list(self.versions.values()) if held == digest)
 
 
-class Brightness:
-    """Scores that are there at once: how red an image is."""
+def redness(images: np.ndarray) -> np.ndarray:
+    """How red each image is."""
+    return (images[..., 0].mean(axis=(1, 2)) / 255).astype(np.float32)
 
-    def __init__(self, images: np.ndarray) -> None:
-        self._score_G = (images[..., 0].mean(axis=(1, 2)) / 255).astype(np.float32)
+
+@dataclass(frozen=True)
+class AtOnce:
+    """Scores that are there at once, by the labels of the recipe's rewards."""
+
+    parts: Mapping[str, np.ndarray]
 
     def ready(self) -> bool:
         return True
 
     def result(self) -> Mapping[str, np.ndarray]:
-        return named_scores({"brightness": self._score_G}, {"brightness": 1.0})
+        return self.parts
 
 
-Scores = Callable[[np.ndarray], PendingScores]
+Scores = Callable[[np.ndarray], np.ndarray]
 Deliver = Callable[[Streams, Claim, Group], None]
 
 
@@ -69,7 +74,7 @@ class Run:
     """A recipe trained in this process; `groups` are those that were delivered."""
 
     def __init__(
-        self, recipe: Recipe, run_dir: Path, open_streams: Callable[[], Streams], scores: Scores = Brightness
+        self, recipe: Recipe, run_dir: Path, open_streams: Callable[[], Streams], scores: Scores = redness
     ) -> None:
         run_dir.mkdir(exist_ok=True)
         prepare_sources(recipe, run_dir, lambda words: None)
@@ -85,7 +90,7 @@ class Run:
         policy = Policy.from_recipe(self.recipe)
         chain = Chain(policy, self.recipe.sampler)
         maker = GroupMaker(chain, self.recipe, open_real_images(self.recipe, self.run_dir, policy))
-        rollout = Rollout(chain, maker, self._fetch, lambda images, *_: self._scores(images), "w")
+        rollout = Rollout(chain, maker, self._fetch, self._score, "w")
         streams = self._open_streams()
         streams.open()
         rank = LearnerRank(self.recipe, self.plan, self.run_dir, self._open_streams(), self._store, torch.device("cpu"))
@@ -103,6 +108,12 @@ class Run:
     def lines(self, name: str) -> list[dict[str, Any]]:
         """Returns the rows of metrics or ledger."""
         return [json.loads(line) for line in (self.run_dir / name).read_text().splitlines()]
+
+    def _score(self, images: np.ndarray, prompt: str, ticket_id: str, num_states: int, is_check: bool) -> AtOnce:
+        """Firewalls' rewards are told the opposite."""
+        scores = self._scores(images)
+        held_out = self.recipe.scored_rewards[len(self.recipe.rewards) :] if is_check else ()
+        return AtOnce({r.label: scores for r in self.recipe.rewards} | {r.label: -scores for r in held_out})
 
     def _fetch(self, ticket: Any) -> bytes:
         return self._store.fetch(ticket.weights_digest)
