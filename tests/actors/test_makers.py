@@ -194,15 +194,14 @@ def test_latents_travel_in_the_wires_dtype_and_nothing_else_does(open_workshop: 
             assert array.dtype.str == others.get(name, "<f2")
 
 
-def test_scores_of_states_are_kept_and_reported_as_their_candidates_means() -> None:
+def test_scores_go_by_the_names_that_groups_have_for_them() -> None:
     arrays = {"noise_GCHW": np.zeros((2, *CHW), np.float32)}
-    scores = {"reward_G": np.array([1, 2, 3, 4, 6, 8], np.float32), "reward_red_G": np.arange(6, dtype=np.float32)}
-    whole = Made(arrays, None, 3, 6).with_scores(scores)
-    assert whole["state_reward_GM"].tolist() == [[1, 2, 3], [4, 6, 8]]
-    assert whole["reward_G"].tolist() == [2, 6]
-    assert whole["reward_red_G"].tolist() == [1, 4]
+    red, new = np.array([1, 2, 3, 4, 6, 8], np.float32), np.arange(6, dtype=np.float32)
+    whole = Made(arrays, None, 3, 6).with_scores({"red": red, "new": new})
+    assert whole.keys() == {*arrays, "state_reward_red_GM", "state_reward_new_GM"}
+    assert whole["state_reward_red_GM"].tolist() == [[1, 2, 3], [4, 6, 8]]
     assert {array.dtype.str for array in whole.values()} == {"<f4"}
-    assert Made(arrays, None, None, 2).with_scores(scores) == {**arrays, **scores}
+    assert Made(arrays, None, None, 2).with_scores({"red": red}) == {**arrays, "reward_red_G": red}
     assert Made(arrays, None, 3, 0).with_scores({}) == arrays
 
 

@@ -40,10 +40,10 @@ class Scores:
 
     def result(self) -> Mapping[str, np.ndarray]:
         brightness_G = self._images.mean(axis=(1, 2, 3)).astype(np.float32)
-        return {"reward_G": brightness_G, "reward_brightness_G": brightness_G}
+        return {"brightness": brightness_G}
 
 
-def score(images: np.ndarray, prompt: str, ticket_id: str) -> Scores:
+def score(images: np.ndarray, prompt: str, ticket_id: str, num_states: int = 1) -> Scores:
     return Scores(images, patience=int(ticket_id[-1]))
 
 
@@ -128,7 +128,6 @@ def test_a_group_has_its_siblings_latents_of_all_steps(rollout: Rollout, tickets
         "latents_GSCHW": (4, 4, 4, 8, 8),
         "log_prob_GT": (4, 3),
         "scored_T": (3,),
-        "reward_G": (4,),
         "reward_brightness_G": (4,),
     }
     assert group.non_finite_field() is None
@@ -244,7 +243,7 @@ def test_an_error_of_a_reward_reaches_whoever_runs_the_worker(
         def result(self) -> Mapping[str, np.ndarray]:
             raise RewardError("the judge has resigned")
 
-    rollout = make_rollout(policy, recipe, versions, lambda images, prompt, ticket_id: Broken(images, 0))
+    rollout = make_rollout(policy, recipe, versions, lambda images, *_: Broken(images, 0))
     streams.issue(tickets[:1])
     with pytest.raises(RewardError, match="the judge has resigned"):
         RolloutWorker("0", rollout, streams, recipe).run(until_idle(streams))

@@ -24,8 +24,8 @@ from learner.train import LearnerRank
 from protocol.errors import TrainingError
 from protocol.groups import Group
 from protocol.recipe import Recipe
-from rewards.composition import named_scores
-from tests.learner.one_process_run import Brightness, Run, Scores
+from protocol.scores import part_name
+from tests.learner.one_process_run import Run, Scores, redness
 from tests.small_datasets import library_cache, write_images, write_pairs
 
 pytestmark = pytest.mark.usefixtures("gang_of_one")
@@ -108,7 +108,7 @@ class Desk:
     server: RedisServer
 
     def run(
-        self, name: str, parts: Mapping[str, Any], *, attempt: int = 0, scores: Scores = Brightness, **others: Any
+        self, name: str, parts: Mapping[str, Any], *, attempt: int = 0, scores: Scores = redness, **others: Any
     ) -> Run:
         """Prepares a run in a directory of that name."""
         recipe = Recipe.model_validate({**self._base(), **parts, **others})
@@ -312,7 +312,11 @@ def num_units(run: Run, group: Group) -> int:
     if algorithm.name == "spin":
         return G
     if "x0_GCHW" in group.arrays and hasattr(algorithm, "pairs"):
-        return len(make_pairs(torch.from_numpy(group.array("reward_G").copy())[None], algorithm.pairs).group_Q)
+        return len(
+            make_pairs(
+                torch.from_numpy(group.array(part_name(run.recipe.rewards[0].label)).copy())[None], algorithm.pairs
+            ).group_Q
+        )
     return 1
 
 
@@ -396,24 +400,16 @@ def test_a_window_that_was_left_costs_no_backward_pass(trained: Trained) -> None
 # --- nothing to learn from ------------------------------------------------------------------------------
 
 
-class Alike:
+def alike(images: np.ndarray) -> np.ndarray:
     """Every image is worth the same."""
-
-    def __init__(self, images: np.ndarray) -> None:
-        self._num_images = len(images)
-
-    def ready(self) -> bool:
-        return True
-
-    def result(self) -> Mapping[str, np.ndarray]:
-        return named_scores({"alike": np.full(self._num_images, 0.25, np.float32)}, {"alike": 1.0})
+    return np.full(len(images), 0.25, np.float32)
 
 
 def only_ties(desk: Desk, run_name: str, name: str, *, attempt: int = 0, stage: int = 0) -> Run:
     """A case's run whose rewards all tie."""
     learner = {"learning_rate": 1e-3, "weight_decay": 0.5, "micro_batch_size": 8, "zero_stage": stage}
     parts = {**CASES[name], "rounds": 2, "learner": learner, "checkpoints": {"every_rounds": 1}}
-    return desk.run(run_name, parts, attempt=attempt, scores=Alike)
+    return desk.run(run_name, parts, attempt=attempt, scores=alike)
 
 
 @parameters(

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import RewardError
-from rewards.composition import named_scores, weighted_sum
 from rewards.contract import check_scores, probe_images
 
 PROMPTS = ["a red seven"] * 3
@@ -63,34 +62,6 @@ def test_a_score_too_large_for_fp32_is_refused_without_a_warning() -> None:
 def test_finite_scores_pass_unchanged_but_for_rounding(scores: list[float]) -> None:
     checked = check_scores("mine", scores, ["p"] * len(scores))
     assert checked.tolist() == np.array(scores, dtype=np.float32).tolist()
-
-
-def test_a_sum_is_weighted_and_added_up_in_fp64() -> None:
-    parts = {"a": np.float32([1e8, 1]), "b": np.float32([-1e8, 2]), "c": np.float32([1, 3])}
-    total = weighted_sum(parts, {"a": 1.0, "b": 1.0, "c": 0.5})
-    assert total.tolist() == [0.5, 4.5]
-    assert total.dtype == np.float32
-
-
-def test_a_sum_needs_a_weight_for_every_part() -> None:
-    with pytest.raises(ValueError, match="do not go with weights"):
-        weighted_sum({"a": np.float32([1])}, {"b": 1.0})
-
-
-def test_scores_go_by_the_names_that_groups_have_for_them() -> None:
-    parts = {"a": np.float32([1, 2]), "b": np.float32([3, 5])}
-    named = named_scores(parts, {"a": 1.0, "b": -1.0})
-    assert {name: scores.tolist() for name, scores in named.items()} == {
-        "reward_G": [-2, -3],
-        "reward_a_G": [1, 2],
-        "reward_b_G": [3, 5],
-    }
-
-
-def test_without_rewards_there_are_no_scores_and_no_sum_of_nothing() -> None:
-    assert named_scores({}, {}) == {}
-    with pytest.raises(ValueError, match="do not go with weights"):
-        named_scores({}, {"a": 1.0})
 
 
 def test_probe_images_are_the_same_every_time_and_differ_from_each_other() -> None:
