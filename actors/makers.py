@@ -13,7 +13,7 @@ Everything is a function of the ticket and of the weights that it names.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,12 +34,14 @@ from protocol.tickets import Ticket
 @dataclass(frozen=True)
 class Made:
     """A group's tensors and what is to be scored: uint8 images (G M, H, W, 3) of G candidates at M states each, or
-    None. `num_states` is M, or None where candidates are scored once, at their end. `num_images` counts decodings."""
+    None. `num_states` is M, or None where candidates are scored once, at their end. `num_images` counts decodings,
+    `num_evaluations` those of the U-Net, each branch of guidance by itself."""
 
     arrays: Mapping[str, np.ndarray]
     images: np.ndarray | None
     num_states: int | None
     num_images: int
+    num_evaluations: int = 0
 
     def with_scores(self, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns all of the group's tensors, with each reward's scores by label: one a candidate, or one a state."""
@@ -66,6 +68,11 @@ class GroupMaker:
 
     def make(self, ticket: Ticket, after_step: Callable[[], None]) -> Made:
         """Returns what a ticket's group is made of. The firewall's tickets ask for nothing but images to score."""
+        before = self._chain.policy.num_evaluations
+        made = self._make(ticket, after_step)
+        return replace(made, num_evaluations=self._chain.policy.num_evaluations - before)
+
+    def _make(self, ticket: Ticket, after_step: Callable[[], None]) -> Made:
         if self.is_check(ticket):
             drawn = self._chain.sample(ticket.prompt, ticket.seeds_G, after_step)
             images = self._chain.policy.decode(drawn.latents_GSCHW[:, -1].float())

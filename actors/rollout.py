@@ -109,6 +109,7 @@ class Rollout:
             rollout_s=sampled.rollout_s,
             reward_s=time.monotonic() - started,
             num_images=sampled.made.num_images,
+            num_evaluations=sampled.made.num_evaluations,
             arrays=sampled.made.with_scores(scores),
         )
 

@@ -72,6 +72,8 @@ class Policy:
         self._embeddings: dict[str, Tensor] = {}
         self._frozen_unet: UNet2DConditionModel | None = None
         self._adapters_enabled = True
+        self.num_evaluations = 0
+        """Latents that `predict` has evaluated so far, each branch of guidance by itself."""
         self._make_trainable(seed)
 
     @classmethod
@@ -166,6 +168,7 @@ class Policy:
     ) -> Tensor:
         """Returns the guided network output, (N, C, H, W) fp32. Guidance 1 evaluates one branch only."""
         state_NCHW = state_NCHW.to(self.dtype)
+        self.num_evaluations += len(state_NCHW) * (1 if guidance_scale == 1.0 else 2)
         if guidance_scale == 1.0:
             output = denoiser(state_NCHW, timestep_N, encoder_hidden_states=embedding_NLE).sample
             return output.float()

@@ -13,7 +13,7 @@ class Receipt:
 
     Receipt(ticket_id="000003-0007", version=3, weights_digest="9f86d0...", checksum="2c26b4...",
             worker="0@host", fingerprint='{"device":"cpu",...}', rollout_s=0.41, reward_s=0.02,
-            num_images=4, rewards={"mean": (-1.2, -0.4, -2.0, -0.9), "digit_alignment": (...)})
+            num_images=4, num_evaluations=40, rewards={"mean": (-1.2, -0.4, -2.0, -0.9), "digit_alignment": (...)})
 
     `rewards["mean"]` is the weighted sum that is trained on. A group that nothing was scored of has no rewards.
     """
@@ -27,6 +27,7 @@ class Receipt:
     rollout_s: float
     reward_s: float
     num_images: int
+    num_evaluations: int
     rewards: dict[str, tuple[float, ...]]
 
 
@@ -42,5 +43,6 @@ def receipt_of(group: Group) -> Receipt:
         group.rollout_s,
         group.reward_s,
         group.num_images,
+        group.num_evaluations,
         {},
     )

@@ -101,6 +101,7 @@ class Scribe:
         num_images = sum(receipt.num_images for receipt in receipts)
         return {
             **dict(zip(vars(before), map(int, total.tolist()), strict=True)),
+            "unet_sampling": sum(receipt.num_evaluations for receipt in receipts),
             "vae_decode": num_images,
             "reward_queries": num_images * len(self._recipe.rewards),
         }

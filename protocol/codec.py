@@ -27,7 +27,7 @@ from protocol.tickets import Ticket
 
 Fields = Mapping[bytes, bytes]
 
-SCHEMA = 2
+SCHEMA = 3
 MAX_ENTRY_BYTES = 256 * 1024**2
 """Redis breaks the connection at fields over 512 MiB; an SDXL group of 8 siblings and 50 steps is 52 MB."""
 
@@ -40,7 +40,7 @@ _ENVELOPE = ("schema", "kind", "checksum")
 _TICKET_FIELDS = ("ticket_id", "round", "index", "prompt", "source", "row", "seeds_G", "version", "weights_digest")
 _GROUP_FIELDS = (
     *("ticket_id", "round", "index", "prompt", "version", "weights_digest"),
-    *("sampler", "fingerprint", "worker", "rollout_s", "reward_s", "num_images"),
+    *("sampler", "fingerprint", "worker", "rollout_s", "reward_s", "num_images", "num_evaluations"),
 )
 
 
@@ -95,6 +95,7 @@ def encode_group(group: Group) -> dict[bytes, bytes]:
         b"rollout_s": repr(float(group.rollout_s)).encode(),
         b"reward_s": repr(float(group.reward_s)).encode(),
         b"num_images": _number_bytes("num_images", group.num_images),
+        b"num_evaluations": _number_bytes("num_evaluations", group.num_evaluations),
     }
     for name, array in group.arrays.items():
         fields |= _array_fields(name, array)
@@ -119,6 +120,7 @@ def decode_group(fields: Fields) -> Group:
         rollout_s=_seconds(fields, "rollout_s"),
         reward_s=_seconds(fields, "reward_s"),
         num_images=_number(fields, "num_images"),
+        num_evaluations=_number(fields, "num_evaluations"),
         arrays={name: _array(fields, name) for name in names},
     )
 

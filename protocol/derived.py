@@ -76,13 +76,13 @@ def _group_bytes(recipe: Recipe, kind: SourceKind, num_entries: int) -> int:
     num_real = {"prompts": 0, "images": 1, "pairs": 2}[kind]
     num_latents, num_scores = 0, 0
     if is_sampled(recipe, kind):
-        num_scores = 1 + len(recipe.rewards)
+        num_scores = len(recipe.rewards)
         num_latents = 1
         if recipe.content == "trajectories":
             num_latents, num_scores = sampler.num_steps + 1, num_scores + 2 * sampler.num_steps
         elif isinstance(algorithm, SharpeningSft | SharpeningRlhf):
             num_states = algorithm.excursion.num_states
-            num_latents, num_scores = num_states + 1, num_scores + num_states
+            num_latents, num_scores = num_states + 1, num_scores * num_states
     return (group_size * num_latents + num_real) * num_entries * BYTES[sampler.wire_dtype] + 4 * group_size * num_scores
 
 
@@ -152,12 +152,21 @@ def derived_numbers(recipe: Recipe) -> dict[str, str]:
     numbers |= {
         "U-Net forwards to learn a round, at most": f"{learner_forwards(recipe)}",
         "versions kept": "the opponent's and the newest" if recipe.iterations else f"{recipe.lag + 1}",
+        **_firewall(recipe),
         **({"note": "; ".join(notes)} if (notes := warnings(recipe)) else {}),
     }
     shape_CHW = latent_shape(model_source(recipe.model.path))
     if shape_CHW is None:
         return {**numbers, "latent shape": f"known once {recipe.model.path} is on disk"}
     return {**numbers, **_latent_numbers(recipe, shape_CHW)}
+
+
+def _firewall(recipe: Recipe) -> dict[str, str]:
+    if (firewall := recipe.firewall) is None:
+        return {}
+    names = ", ".join(reward.label for reward in firewall.rewards)
+    drawn = f"{firewall.num_prompts * firewall.images_per_prompt} images every {firewall.every_rounds} rounds"
+    return {"firewall": f"{names}, on {drawn}; a trip: {firewall.on_trip.replace('_', ' ')}"}
 
 
 def _sources(recipe: Recipe) -> str:

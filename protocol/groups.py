@@ -21,13 +21,14 @@ class Group:
         Group(ticket_id="000003-0007", round=3, index=7, prompt="a red seven on a blue ground",
               version=3, weights_digest="9f86d0..." (of the weights that really sampled, not a copy of the
               ticket's), sampler='{"eta":1.0,...}', fingerprint='{"device":"cpu",...}', worker="rollout-0@host",
-              rollout_s=0.41, reward_s=0.02, num_images=8,
+              rollout_s=0.41, reward_s=0.02, num_images=8, num_evaluations=80,
               arrays={"latents_GSCHW": float32 (8, 11, 4, 8, 8), "log_prob_GT": float64 (8, 10),
                       "scored_T": bool (10,), "reward_G": float32 (8,),
                       "reward_digit_alignment_G": float32 (8,)})
 
     `sampler` and `fingerprint` are canonical JSON. `worker`, `rollout_s` and `reward_s` tell who made this
-    copy and how long it took, `num_images` how many images were decoded; they are not part of its content.
+    copy and how long it took, `num_images` how many images were decoded and
+    `num_evaluations` how often the U-Net was evaluated for one latent; they are not part of its content.
     """
 
     ticket_id: str
@@ -42,6 +43,7 @@ class Group:
     rollout_s: float
     reward_s: float
     num_images: int
+    num_evaluations: int
     arrays: Mapping[str, np.ndarray]
 
     def array(self, name: str) -> np.ndarray:

@@ -92,6 +92,7 @@ def make_group() -> Callable[..., Group]:
             rollout_s=0.41,
             reward_s=1e-17,
             num_images=4,
+            num_evaluations=40,
             arrays={
                 "latents_GSCHW": rng.standard_normal((4, 6, 4, 8, 8)).astype(np.float32),
                 "log_prob_GT": rng.standard_normal((4, 5)),

@@ -171,6 +171,7 @@ def test_a_group_holds_what_its_source_and_its_algorithm_ask_for(
     assert all(np.isfinite(array).all() for array in made.arrays.values())
     assert made.num_states == expected.num_states
     assert made.num_images == expected.num_images
+    assert made.num_evaluations == G * expected.num_steps
     assert workshop.num_steps == expected.num_steps
     assert workshop.maker.is_sampled(ticket) == (expected.num_steps > 0)
     if expected.num_scored is None:

@@ -67,7 +67,7 @@ def make_run(folder: Path, recipe: Recipe) -> None:
     states = [{name: tensor + 0.1 * version for name, tensor in first.items()} for version in range(ROUNDS + 1)]
     digests = [weights_digest(state) for state in states]
     plan = TicketPlan(recipe.seed, (Source.of_prompts(PROMPTS),), GROUPS, recipe.batch.group_size, recipe.lag)
-    chain, score = Chain(policy, recipe.sampler), make_score(recipe.rewards)
+    chain, score = Chain(policy, recipe.sampler), make_score(recipe.rewards, folder)
     rollout = Rollout(chain, GroupMaker(chain, recipe), lambda ticket: pack(states[ticket.version]), score, "0")
     (folder / "run.json").write_text(json.dumps({"run_id": "abc", "attempt": 0, "started": 0.0}))
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))

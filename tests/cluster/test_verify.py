@@ -68,6 +68,7 @@ def row(round_: int, version: int | None = None) -> dict[str, Any]:
             rollout_s=0.1,
             reward_s=0.1,
             num_images=2,
+            num_evaluations=8,
             rewards={"mean": (1.0, 2.0)},
         )
         for index in range(GROUPS)

@@ -96,7 +96,7 @@ def make_groups(cell: Cell, model: str, rank: int, world_size: int) -> list[Grou
 def _group(maker: GroupMaker, cell: Cell, ticket: Ticket) -> Group:
     made = maker.make(ticket, lambda: None)
     arrays = {**made.arrays, "reward_G": cell.reward_G(ticket.index)}
-    about = ("sampler", "fingerprint", "worker", 0.0, 0.0, made.num_images)
+    about = ("sampler", "fingerprint", "worker", 0.0, 0.0, made.num_images, made.num_evaluations)
     return Group(ticket.ticket_id, 0, ticket.index, ticket.prompt, 0, "", *about, arrays=dict(sorted(arrays.items())))
 
 

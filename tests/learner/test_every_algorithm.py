@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -374,6 +374,18 @@ def test_a_trajectory_costs_the_learner_what_the_table_says(trained: Trained, na
             assert row["cost/unet_backward"] == all_of_pass_b
 
 
+def price_of_sampling(run: Run, groups: Sequence[Group]) -> int:
+    """U-Net evaluations of rollouts (algorithms.md 7.2): of each sample T steps, and of an excursion M more."""
+    sampler, price = run.recipe.sampler, 0
+    for group in groups:
+        if {"latents_GSCHW", "x0_GCHW"} & set(group.arrays):
+            price += G * T * sampler.num_branches
+        if "states_GMCHW" in group.arrays:
+            from_prompt = run.recipe.source_kinds == ("prompts",)
+            price += G * (len(group.array("state_timestep_M")) + from_prompt * T * sampler.num_branches)
+    return price
+
+
 @parameters(QUICK)
 def test_images_are_decoded_and_rewards_asked_as_the_table_says(trained: Trained, name: str) -> None:
     run = trained(name)
@@ -385,6 +397,7 @@ def test_images_are_decoded_and_rewards_asked_as_the_table_says(trained: Trained
         if algorithm.name.startswith("sharpening") and algorithm.select_on != "final_x0":
             num_images = G * sum(len(group.array("state_timestep_M")) for group in groups)
         assert row["cost/vae_decode"] == (0 if algorithm.name == "spin_exact" else num_images)
+        assert row["cost/unet_sampling"] == price_of_sampling(run, groups)
         assert row["cost/reward_queries"] == (num_images if run.recipe.rewards else 0)
 
 

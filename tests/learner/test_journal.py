@@ -73,6 +73,7 @@ def receipt(index: int, *, worker: str = "0@host", version: int = 2, device: str
         rollout_s=0.5,
         reward_s=0.1,
         num_images=2,
+        num_evaluations=20,
         rewards={"mean": rewards, "sharp": tuple(reward / 2 for reward in rewards)},
     )
 

@@ -64,6 +64,7 @@ groups = st.builds(
     rollout_s=st.floats(),
     reward_s=st.floats(),
     num_images=naturals,
+    num_evaluations=naturals,
     arrays=st.dictionaries(names, arrays(), max_size=3),
 )
 
@@ -193,7 +194,7 @@ def resealed(fields: Fields, **changes: bytes) -> Fields:
     ("field", "value", "reason"),
     [
         ("schema", b"1", "wrong schema"),
-        ("schema", b"3", "wrong schema"),
+        ("schema", b"9", "wrong schema"),
         ("kind", b"ticket", "wrong kind"),
         ("round", b"-1", "round is not a whole number"),
         ("round", b"007", "round is not a whole number"),

@@ -85,6 +85,7 @@ def group_of(ticket: Ticket, worker: str) -> Group:
         rollout_s=0.5,
         reward_s=0.25,
         num_images=2,
+        num_evaluations=6,
         arrays={"latents_GD": rng.standard_normal((2, 3)), "reward_G": rng.standard_normal(2).astype(np.float32)},
     )
 
