@@ -34,7 +34,10 @@ def claim_packages() -> None:
 
 def set_up_ray_worker() -> None:
     """Runs in every Ray worker of a job before anything of ours is imported there."""
+    path = [*sys.path]
     claim_packages()
+    # Ours are imported by now. Where they are installed beside others, a reward's own environment must stay before them.
+    sys.path[:] = path
 
 
 def main() -> int:

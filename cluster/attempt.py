@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +63,18 @@ class LearnerLostError(Exception):
 class Attempt:
     """One start of all roles, on Redis keys of its own."""
 
-    def __init__(self, recipe: Recipe, run_dir: RunDir, plan: TicketPlan, url: str, status: Status, show: Show) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: RunDir,
+        plan: TicketPlan,
+        url: str,
+        environments: Mapping[str, Mapping[str, Any]],
+        status: Status,
+        show: Show,
+    ) -> None:
+        """`environments` are those of rewards, by label, as Ray is told of them."""
+        self._environments = environments
         self._recipe, self._run_dir, self._plan = recipe, run_dir, plan
         self._status, self._show = status, show
         self._endpoint = Endpoint(url, run_dir.run_id, run_dir.attempt, recipe.num_shards, recipe.redis.timeout_s)
@@ -94,7 +105,7 @@ class Attempt:
         recipe = self._recipe
         self._tell("starting actors")
         self._store = launch.start_store(recipe)
-        self._pools = launch.start_rewards(recipe)
+        self._pools = launch.start_rewards(recipe, self._environments)
         gangs = [self._hire(gang) for gang in self._gangs()]
         ranks = [rank for _, gang in gangs for rank in gang]
         services = {f"reward/{p.settings.label}/{n}": actor for p in self._pools for n, actor in enumerate(p.actors)}

@@ -1,5 +1,5 @@
-"""The command line. Imports stay light here: `--help`, `--dry-run`, `digest` and `verify` need no torch and
-no Ray."""
+"""The command line. Imports stay light here: `--help`, `--dry-run`, `digest`, `verify` and `rewards list` need no
+torch and no Ray."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from protocol.recipe import Recipe
 
 EXIT_OURS, EXIT_UNEXPECTED, EXIT_INTERRUPTED = 2, 1, 130
+DEBUG_HELP = "show tracebacks and the logs of all processes"
 
 
 def run_command_line(arguments: Sequence[str]) -> int:
@@ -62,9 +63,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sfumato {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_train, _add_scale, _add_evaluate, _add_sample, _add_digest, _add_verify):
+    for add in (_add_train, _add_scale, _add_evaluate, _add_sample, _add_digest, _add_verify, _add_rewards):
         command = add(commands)
-        command.add_argument("--debug", action="store_true", help="show tracebacks and the logs of all processes")
+        command.add_argument("--debug", action="store_true", help=DEBUG_HELP)
     return parser
 
 
@@ -130,6 +131,29 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     return command
 
 
+def _add_rewards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    command = commands.add_parser("rewards", help="show the rewards that come with sfumato, or try any one by itself")
+    parts = command.add_subparsers(required=True, metavar="list|check")
+    rows = parts.add_parser("list", help="show the rewards that come with sfumato, and what each needs")
+    rows.set_defaults(command=_list_rewards)
+    check = parts.add_parser(
+        "check", help="build a reward in its environment and score images: counts, determinism, speed, memory"
+    )
+    check.add_argument("reward", metavar="NAME_OR_PATH", help="as in a recipe: a name, ./file.py:Name or a dotted path")
+    check.add_argument("--kwargs", nargs="+", default=[], metavar="key=value", help="its keyword arguments")
+    check.add_argument("--pins", nargs="+", metavar="PIN", help="its own environment's packages, instead of its file's")
+    check.add_argument("--images", nargs="+", default=[], metavar="FILE", help="images to score beside generated ones")
+    check.add_argument("--prompt", nargs="+", default=[], metavar="PROMPT", help="what to score every image for")
+    check.add_argument("--num-images", type=int, default=4, help="generated images, one group (default 4)")
+    check.add_argument("--size", type=int, help="their height and width (default 512, or what the reward needs)")
+    check.add_argument("--threads", type=int, default=1, help="CPU threads, as in a recipe (default 1)")
+    check.add_argument("--gpu", action="store_true", help="build it on the GPU, as with num_gpus above 0")
+    check.set_defaults(command=_check_reward)
+    for part in (rows, check):
+        part.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=DEBUG_HELP)
+    return command
+
+
 def _train(options: argparse.Namespace) -> None:
     from protocol.derived import check_before_start, derived_numbers
     from protocol.errors import RunDirError
@@ -138,7 +162,7 @@ def _train(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)
     check_before_start(recipe)
-    for reward in (*recipe.rewards, *recipe.evaluation.rewards):
+    for reward in (*recipe.scored_rewards, *recipe.evaluation.rewards):
         check_exists(reward.name)
     _print_numbers(derived_numbers(recipe))
     if options.dry_run:
@@ -158,10 +182,12 @@ def _start(recipe: Recipe, options: argparse.Namespace) -> None:
     from cluster.driver import Driver, check_redis, default_run_dir
     from cluster.progress import display
     from cluster.run_dir import RunDir
-    from rewards.loading import resolve
+    from rewards.loading import pins_of, resolve
 
-    for reward in (*recipe.rewards, *recipe.evaluation.rewards):
-        resolve(reward.name)
+    for reward in (*recipe.scored_rewards, *recipe.evaluation.rewards):
+        # What needs an environment of its own cannot be imported here; its actor is tried before anything is sampled.
+        if not pins_of(reward):
+            resolve(reward.name)
     check_redis(recipe)
     run_dir = RunDir(options.run_dir or default_run_dir(options.recipe), recipe, resume=options.resume)
     try:
@@ -229,3 +255,33 @@ def _verify(options: argparse.Namespace) -> None:
     from cluster.replay import replay
 
     _print_numbers(replay(record, options.replay, options.seed))
+
+
+def _list_rewards(_: argparse.Namespace) -> None:
+    from cluster.reward_tools import list_rewards
+
+    rows = list_rewards()
+    width = max(map(len, rows))
+    for name, lines in rows.items():
+        for number, line in enumerate(lines):
+            print(f"  {'' if number else name:<{width}}  {line}")
+
+
+def _check_reward(options: argparse.Namespace) -> None:
+    from cluster.reward_tools import check_reward, read_kwargs
+
+    _print_numbers(
+        check_reward(
+            options.reward,
+            read_kwargs(options.kwargs),
+            pins=options.pins,
+            prompts=options.prompt,
+            files=options.images,
+            num_images=options.num_images,
+            size=options.size,
+            threads=options.threads,
+            gpu=options.gpu,
+            tell=lambda line: print(line, file=sys.stderr, flush=True),
+            debug=options.debug,
+        )
+    )

@@ -23,6 +23,7 @@ import ray
 
 from cluster import launch
 from cluster.attempt import Attempt, LearnerLostError, Show, Status
+from cluster.environments import prepare
 from cluster.redis_server import ForeignRedis, RedisKeeper, RedisServer
 from cluster.run_dir import RunDir
 from cluster.sources import prepare_sources, read_plan
@@ -51,9 +52,12 @@ class Driver:
             launch.connect_ray(self._recipe, debug=self._debug)
             stack.callback(ray.shutdown)
             launch.check_cluster(self._recipe)
+            environments = prepare(self._recipe.scored_rewards, self._tell, debug=self._debug)
             while True:
                 try:
-                    attempt = Attempt(self._recipe, self._run_dir, self._plan, url, self._status, self._show)
+                    attempt = Attempt(
+                        self._recipe, self._run_dir, self._plan, url, environments, self._status, self._show
+                    )
                     attempt.run(redis)
                     return
                 except LearnerLostError as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from actors.evaluator import Estimate, ScoreImages, estimate, score_prompts, win_rate
 from cluster.device import own_device
+from cluster.own_rewards import open_rewards
 from cluster.run_dir import read_recipe
 from diffusion.chain import Chain
 from diffusion.policy import Policy
@@ -23,9 +25,7 @@ from learner.checkpoint import latest_checkpoint
 from protocol.errors import RecipeError, RunDirError
 from protocol.paths import read_prompts, spread
 from protocol.recipe import Recipe
-from protocol.scores import weighted_sum
-from rewards.contract import check_scores
-from rewards.loading import build
+from protocol.scores import plain_total
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,12 @@ def evaluate_run(run_dir: Path, prompts_file: str | None) -> Evaluation:
         raise RunDirError(f"the run {run_dir} has no checkpoint yet", do="wait for it, or resume the run")
     torch.set_num_threads(recipe.rollout_worker.threads)
     policy = Policy.from_recipe(recipe, own_device(wants_gpu=recipe.rollout_worker.num_gpus > 0))
-    chain, score = Chain(policy, recipe.sampler), make_scorer(recipe)
-    # A policy as loaded computes what the base does: its adapters start as zero.
-    base = score_prompts(chain, prompts, settings.images_per_prompt, settings.seed, score)
-    policy.load_trainable_state(unpack(found.version_bytes(found.meta.round)))
-    tuned = score_prompts(chain, prompts, settings.images_per_prompt, settings.seed, score)
+    chain = Chain(policy, recipe.sampler)
+    with open_scorer(recipe) as score:
+        # A policy as loaded computes what the base does: its adapters start as zero.
+        base = score_prompts(chain, prompts, settings.images_per_prompt, settings.seed, score)
+        policy.load_trainable_state(unpack(found.version_bytes(found.meta.round)))
+        tuned = score_prompts(chain, prompts, settings.images_per_prompt, settings.seed, score)
     return Evaluation(
         str(run_dir),
         found.meta.round,
@@ -80,25 +81,20 @@ def evaluate_run(run_dir: Path, prompts_file: str | None) -> Evaluation:
     )
 
 
-def make_scorer(recipe: Recipe) -> ScoreImages:
-    """Returns a function that scores images with every reward of a recipe, in this process."""
+@contextmanager
+def open_scorer(recipe: Recipe) -> Iterator[ScoreImages]:
+    """Yields a function that scores images with every reward of a recipe: those trained on and those held out."""
     trained = recipe.rewards
     extra = (*recipe.scored_rewards[len(trained) :], *recipe.evaluation.rewards)
     if not (trained or extra):
         raise RecipeError("there is nothing to evaluate by", do="name rewards under evaluation.rewards in the recipe")
-    functions = {reward.label: build(reward.name, reward.kwargs) for reward in (*trained, *extra)}
-    weights = {reward.label: reward.weight for reward in trained}
+    with open_rewards(recipe, (*trained, *extra)) as functions:
 
-    def score(images: np.ndarray, prompt: str) -> Mapping[str, np.ndarray]:
-        prompts = [prompt] * len(images)
-        parts = {
-            label: check_scores(label, function(images, prompts), prompts) for label, function in functions.items()
-        }
-        if not weights:
-            return parts
-        return {"mean": weighted_sum({label: parts[label] for label in weights}, weights), **parts}
+        def score(images: np.ndarray, prompt: str) -> Mapping[str, np.ndarray]:
+            parts = {label: function(images, prompt, 1) for label, function in functions.items()}
+            return {"mean": plain_total(parts, trained), **parts} if trained else parts
 
-    return score
+        yield score
 
 
 def compare(base_PN: np.ndarray, tuned_PN: np.ndarray) -> Comparison:

@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from learner.company import Company
 from protocol.errors import RecipeError, RedisError
 from protocol.recipe import Recipe
 from protocol.roles import Learner, Placement, Reward
-from protocol.scores import weighted_sum
+from protocol.scores import plain_total
 from protocol.stream import Streams, connect
 from protocol.tickets import Ticket, TicketPlan
 
@@ -114,8 +114,8 @@ class RolloutProcess:
     def _reward_of(self, images: Any, prompt: str) -> Any:
         """Returns the weighted sum (N,) of scores as they are, or None where a reward gave none."""
         parts = self._scorer(images, prompt, "grid").result()
-        weights = {reward.label: reward.weight for reward in self._recipe.rewards}
-        return weighted_sum(parts, weights) if parts.keys() == weights.keys() and weights else None
+        rewards = self._recipe.rewards
+        return plain_total(parts, rewards) if rewards and all(reward.label in parts for reward in rewards) else None
 
     def _fetch(self, ticket: Ticket) -> bytes:
         """Waits until the store has the ticket's weights: a restarted store is filled again by the learner."""
@@ -194,7 +194,8 @@ class RewardProcess:
             # Late enough for the error to arrive.
             threading.Timer(1.0, os._exit, (1,)).start()
             raise OutOfTimeError
-        return Answer(scoring.result(), actor.is_pure)
+        # A list, since arrays of another numpy than the driver's cross with warnings.
+        return Answer(scoring.result().tolist(), actor.is_pure)
 
     @ray.method(concurrency_group=HEALTH)
     def ping(self) -> dict[str, float]:
@@ -213,7 +214,7 @@ class RewardProcess:
         from rewards.loading import build
 
         settings = self._settings
-        return RewardActor(settings.label, build(settings.name, settings.kwargs), check_scores)
+        return RewardActor(settings.label, build(settings.name, settings.kwargs, device_of(settings)), check_scores)
 
 
 def connect_ray(recipe: Recipe, *, debug: bool) -> None:
@@ -281,21 +282,18 @@ def start_store(recipe: Recipe) -> Any:
     return remote.options(num_cpus=0, max_restarts=ROLE_RESTARTS, max_task_retries=-1).remote(recipe.lag + 2)
 
 
-def start_rewards(recipe: Recipe) -> list[RewardPool]:
-    """Starts every reward's pool."""
-    remote = ray.remote(concurrency_groups={HEALTH: 1})(RewardProcess)
-    return [
-        RewardPool(
-            reward,
-            tuple(
-                # Without end: what kills a reward fails its tickets, by max_attempts.
-                remote.options(**_options(reward), max_restarts=-1).remote(reward)
-                for _ in range(reward.replicas)
-            ),
-            held_out=reward not in recipe.rewards,
-        )
-        for reward in recipe.scored_rewards
-    ]
+def start_rewards(recipe: Recipe, environments: Mapping[str, Mapping[str, Any]]) -> list[RewardPool]:
+    """Starts every reward's pool, each in its environment, by label; those without one run in the main one."""
+    return [start_pool(reward, environments, held_out=reward not in recipe.rewards) for reward in recipe.scored_rewards]
+
+
+def start_pool(reward: Reward, environments: Mapping[str, Mapping[str, Any]], *, held_out: bool = False) -> RewardPool:
+    """Starts one reward's actors."""
+    options = _options(reward)
+    options["runtime_env"] = {**options["runtime_env"], **environments.get(reward.label, {})}
+    # Restarted without end: what kills a reward fails its tickets, by max_attempts.
+    remote = ray.remote(concurrency_groups={HEALTH: 1})(RewardProcess).options(**options, max_restarts=-1)
+    return RewardPool(reward, tuple(remote.remote(reward) for _ in range(reward.replicas)), held_out)
 
 
 def start_rollout(

@@ -20,9 +20,9 @@ import torch
 
 from actors.makers import GroupMaker
 from actors.real import open_real_images
-from actors.reward_actor import RewardActor
 from actors.rollout import FetchVersion, Rollout, Score
 from cluster.device import own_device
+from cluster.own_rewards import ScoreGroup, open_rewards
 from cluster.score_log import Entry, ScoreLog, score_key
 from cluster.verify import Record, Row, Violation, place, refuse
 from diffusion.chain import Chain
@@ -33,8 +33,6 @@ from learner.checkpoint import Checkpoint
 from protocol.errors import RunDirError, VerifyError
 from protocol.roles import Reward
 from protocol.tickets import Ticket, TicketPlan
-from rewards.contract import check_scores
-from rewards.loading import build
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,12 @@ def _nothing_comparable(drawn: Sequence[Draw], own: Mapping[str, Any]) -> Verify
 
 
 def _compare_all(draws: Sequence[Draw], record: Record, policy: Policy) -> None:
-    score = make_score(record.recipe.rewards, record.run_dir)
+    with open_rewards(record.recipe, record.recipe.rewards) as functions:
+        score = make_score(record.recipe.rewards, functions, record.run_dir)
+        _compare_with(score, draws, record, policy)
+
+
+def _compare_with(score: Score, draws: Sequence[Draw], record: Record, policy: Policy) -> None:
     chain = Chain(policy, record.recipe.sampler)
     maker = GroupMaker(chain, record.recipe, open_real_images(record.recipe, record.run_dir, policy))
     rollout = Rollout(chain, maker, _make_fetch(record, policy), score, "verify")
@@ -175,10 +178,9 @@ class Scored:
         return self.scores
 
 
-def make_score(rewards: Sequence[Reward], run_dir: Path) -> Score:
-    """Returns a function that scores a group with rewards built in this process, each with its actors' threads. What
-    the run's score log holds is read there."""
-    actors = {r.label: RewardActor(r.label, build(r.name, r.kwargs), check_scores) for r in rewards}
+def make_score(rewards: Sequence[Reward], functions: Mapping[str, ScoreGroup], run_dir: Path) -> Score:
+    """Returns a function that scores a group, each reward with its actors' threads. What the run's score log holds is
+    read there."""
 
     def score(
         images: np.ndarray,
@@ -192,7 +194,7 @@ def make_score(rewards: Sequence[Reward], run_dir: Path) -> Score:
             entry = ScoreLog(run_dir, reward.label).read(score_key(ticket_id, images, prompt))
             if entry is None:
                 with _threads(reward.threads):
-                    entry = Entry(actors[reward.label].score(images, prompt, num_states))
+                    entry = Entry(functions[reward.label](images, prompt, num_states))
             if entry.scores is not None:
                 parts[reward.label] = entry.scores
         return Scored(parts)

@@ -49,7 +49,7 @@ class RewardPool:
 class Answer:
     """What a reward actor returns: fp32 scores, and whether they may be asked for again."""
 
-    scores: np.ndarray
+    scores: list[float]
     is_pure: bool
 
 
@@ -151,7 +151,7 @@ class PendingPart:
         except (RayError, SfumatoError) as error:
             self._fail(error)
             return
-        entry = Entry(answer.scores)
+        entry = Entry(np.array(answer.scores, np.float32))
         must_stay = not (answer.is_pure and self._settings.required)
         self._entry = self._log.write(self._question.key, entry) if must_stay else entry
 

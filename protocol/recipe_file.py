@@ -41,7 +41,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     document = _read_yaml(Path(path))
     for override in overrides:
-        _apply(document, override)
+        apply_override(document, override)
     return parse_recipe(document, source=str(path))
 
 
@@ -79,7 +79,7 @@ def _shipped_recipes() -> str:
     return ", ".join(sorted(f"recipes/{file.name}" for file in (ROOT / "recipes").glob("*.yaml")))
 
 
-def _apply(document: dict[str, Any], override: str) -> None:
+def apply_override(document: dict[str, Any], override: str) -> None:
     """Sets one dotted key in place, making the mappings on the way."""
     dotted, separator, text = override.partition("=")
     if not separator or not dotted:

@@ -7,9 +7,11 @@ label -> (N,)   -->     reward_<label>_G, or of M states    -->   those and rewa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+
+from protocol.roles import Fixed, Reward
 
 TOTAL, STATE_TOTAL = "reward_G", "state_reward_GM"
 
@@ -42,3 +44,13 @@ def weighted_sum(parts: Mapping[str, np.ndarray], weights: Mapping[str, float]) 
         raise ValueError(f"scores of {sorted(parts)} do not go with weights of {sorted(weights)}")
     total = sum(weight * parts[name].astype(np.float64) for name, weight in weights.items())
     return np.asarray(total, dtype=np.float32)
+
+
+def plain_total(parts: Mapping[str, np.ndarray], rewards: Sequence[Reward]) -> np.ndarray:
+    """Returns the sum as one set of images by itself has it, fp32: a running normalisation, which is the run's, is left
+    out, so that base and tuned weights are measured alike."""
+    scores = {reward.label: parts[reward.label].astype(np.float64) for reward in rewards}
+    for reward in rewards:
+        if isinstance(reward.normalise, Fixed):
+            scores[reward.label] = (scores[reward.label] - reward.normalise.mean) / reward.normalise.std
+    return weighted_sum(scores, {reward.label: reward.weight for reward in rewards})

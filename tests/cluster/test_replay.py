@@ -15,6 +15,7 @@ import torch
 from actors.makers import GroupMaker
 from actors.rollout import Rollout
 from cluster.cli import run_command_line
+from cluster.own_rewards import open_rewards
 from cluster.replay import make_score, replay
 from cluster.run_dir import read_recipe
 from cluster.verify import verify_record
@@ -67,7 +68,9 @@ def make_run(folder: Path, recipe: Recipe) -> None:
     states = [{name: tensor + 0.1 * version for name, tensor in first.items()} for version in range(ROUNDS + 1)]
     digests = [weights_digest(state) for state in states]
     plan = TicketPlan(recipe.seed, (Source.of_prompts(PROMPTS),), GROUPS, recipe.batch.group_size, recipe.lag)
-    chain, score = Chain(policy, recipe.sampler), make_score(recipe.rewards, folder)
+    chain = Chain(policy, recipe.sampler)
+    with open_rewards(recipe, recipe.rewards) as functions:
+        score = make_score(recipe.rewards, functions, folder)
     rollout = Rollout(chain, GroupMaker(chain, recipe), lambda ticket: pack(states[ticket.version]), score, "0")
     (folder / "run.json").write_text(json.dumps({"run_id": "abc", "attempt": 0, "started": 0.0}))
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))

@@ -119,7 +119,7 @@ def pools(rewards: Path) -> Iterator[Any]:
 
     def start(*settings: Reward) -> list[RewardPool]:
         named = [each.model_copy(update={"name": f"{rewards}:{each.name}"}) for each in settings]
-        started.extend(launch.start_rewards(recipe_with(*named)))
+        started.extend(launch.start_rewards(recipe_with(*named), {}))
         return started
 
     yield start

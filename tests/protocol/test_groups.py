@@ -15,7 +15,9 @@ from protocol.groups import Group
 
 
 def test_copies_made_by_different_workers_have_one_checksum(make_group: Callable[..., Group]) -> None:
-    copy = dataclasses.replace(make_group(), worker="rollout-9@elsewhere", rollout_s=99.0, reward_s=9.0, num_images=9, num_evaluations=9)
+    copy = dataclasses.replace(
+        make_group(), worker="rollout-9@elsewhere", rollout_s=99.0, reward_s=9.0, num_images=9, num_evaluations=9
+    )
     assert copy.content_checksum() == make_group().content_checksum()
 
 
