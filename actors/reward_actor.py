@@ -38,6 +38,11 @@ class RewardActor:
         scores_MG = [self._ask(images[state::num_states], prompt) for state in range(num_states)]
         return np.stack(scores_MG, axis=1).ravel()
 
+    def close(self) -> None:
+        """Ends the event loop of an asynchronous reward."""
+        if self._runner:
+            self._runner.close()
+
     def _ask(self, images: np.ndarray, prompt: str) -> np.ndarray:
         prompts = [prompt] * len(images)
         scores = self._score(images, prompts)

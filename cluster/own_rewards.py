@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import numpy as np
 import ray
@@ -35,14 +35,15 @@ def open_rewards(recipe: Recipe, rewards: Sequence[Reward]) -> Iterator[dict[str
         environments = prepare(isolated, print) if isolated else {}
         pools = {reward.label: launch.start_pool(reward, environments) for reward in isolated}
         yield {
-            reward.label: _of_pool(pools[reward.label]) if reward.label in pools else _of_this_process(reward)
+            reward.label: _of_pool(pools[reward.label]) if reward.label in pools else _of_this_process(reward, stack)
             for reward in rewards
         }
 
 
-def _of_this_process(reward: Reward) -> ScoreGroup:
+def _of_this_process(reward: Reward, stack: ExitStack) -> ScoreGroup:
     device = own_device(wants_gpu=reward.num_gpus > 0)
-    return RewardActor(reward.label, build(reward.name, reward.kwargs, str(device)), check_scores).score
+    actor = RewardActor(reward.label, build(reward.name, reward.kwargs, str(device)), check_scores)
+    return stack.enter_context(closing(actor)).score
 
 
 def _of_pool(pool: RewardPool) -> ScoreGroup:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def mine(tmp_path: Path) -> str:
 
 
 def sheet_of(score: Any, images: np.ndarray = IMAGES) -> Sheet:
-    return examine("mine", RewardActor("mine", score, check_scores), "generated", images, "a red seven")
+    with closing(RewardActor("mine", score, check_scores)) as actor:
+        return examine("mine", actor, "generated", images, "a red seven")
 
 
 def brightness(images: np.ndarray, prompts: list[str]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from shutil import copy
 from typing import Any
@@ -186,5 +187,6 @@ def test_a_group_of_one_is_refused_in_clear_words() -> None:
     for name, kwargs in (("image_diversity", {}), ("pairwise_win_rate", {"of": "jpeg_compressibility"})):
         reward = build(name, kwargs)
         assert reward.group_wise is True  # type: ignore[attr-defined]
-        with pytest.raises(RewardError, match=rf"{name} compares siblings.*a group of 1.*{PROMPT}.*at least 2"):
-            RewardActor(name, reward, check_scores).score(image, PROMPT)
+        told = rf"{name} compares siblings.*a group of 1.*{PROMPT}.*at least 2"
+        with closing(RewardActor(name, reward, check_scores)) as actor, pytest.raises(RewardError, match=told):
+            actor.score(image, PROMPT)
