@@ -42,7 +42,7 @@ def make_group(index: int, **arrays: np.ndarray) -> Group:
     """A group of these fields, as it comes from the wire: in the order of their names."""
     return Group(
         f"000003-{index:04d}",
-        *(3, index, f"prompt {index}", 3, "digest", "sampler", "fingerprint", "worker", 0.0, 0.0, 0),
+        *(3, index, f"prompt {index}", 3, "digest", "sampler", "fingerprint", "worker", 0.0, 0.0, 0, 0),
         arrays=dict(sorted(arrays.items())),
     )
 
