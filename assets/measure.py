@@ -91,11 +91,11 @@ def measure_autoencoder(policy: Policy, judge: DigitAlignment, num_images: int =
 
 def measure_sizes(policy: Policy) -> dict[str, object]:
     """Returns numbers of parameters and sizes in bytes."""
-    networks = {"unet": policy.unet, "vae": policy.vae, "text_encoder": policy.text_encoder}
+    networks = {"unet": policy.unet, "vae": policy.vae, "text_encoder": policy.family.networks[0]}
     networks["classifier"] = load_classifier(CLASSIFIER_PATH)
     return {
         "num_parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
-        "vocabulary": len(policy.tokenizer),
+        "vocabulary": len(policy.family.tokenizer),
         "size_bytes": {
             "digits-base": _size_bytes(BASE.rglob("*")),
             "digit-classifier.safetensors": _size_bytes([CLASSIFIER_PATH]),

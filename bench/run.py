@@ -136,7 +136,7 @@ class GradientProblem:
         self._latents_PGSCHW = torch.stack([one.latents_GSCHW for one in drawn])
         self._old_PGT = torch.stack([one.log_prob_GT for one in drawn])
         self._scored_PT = torch.stack([one.scored_T for one in drawn])
-        self._embedding_PLE = self._chain.policy.embed_all(PROMPTS)
+        self._conditioning = self._chain.policy.condition(PROMPTS)
         self._reward_PG = torch.linspace(-1, 1, NUM_GROUPS * GROUP_SIZE).view(NUM_GROUPS, GROUP_SIZE)
         self._item_N3 = self._scored_PT[:, None].expand_as(self._old_PGT).nonzero()
 
@@ -174,7 +174,7 @@ class GradientProblem:
             self._chain.policy.unet,
             self._latents_PGSCHW[group_N, sibling_N, step_N],
             step_N,
-            self._embedding_PLE[group_N],
+            self._conditioning[group_N],
             next_state_NCHW=self._latents_PGSCHW[group_N, sibling_N, step_N + 1],
         ).log_prob_N
 
@@ -188,11 +188,11 @@ def _sample_groups(chain: Chain) -> None:
 def _sample_together(chain: Chain) -> None:
     """What a sampler does that fills its batch with whoever is there."""
     seeds, shape_CHW = range(NUM_GROUPS * GROUP_SIZE), chain.policy.latent_shape_CHW
-    embedding_NLE = chain.policy.embed_all(PROMPTS).repeat_interleave(GROUP_SIZE, dim=0)
+    conditioning = chain.policy.condition(PROMPTS).repeat_interleave(GROUP_SIZE)
     state_NCHW = initial_noise(seeds, shape_CHW, shared=False)
     for step in range(len(chain.schedule)):
         step_N, noise_NCHW = torch.full((len(seeds),), step), step_noise(seeds, step, shape_CHW)
-        drawn = chain.step(chain.policy.unet, state_NCHW, step_N, embedding_NLE, noise_NCHW=noise_NCHW)
+        drawn = chain.step(chain.policy.unet, state_NCHW, step_N, conditioning, noise_NCHW=noise_NCHW)
         state_NCHW = drawn.next_state_NCHW
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion.conditioning import Conditioning
 from diffusion.kernels import Transition, noised, teacher_forced_transition, transition
 from diffusion.noise import initial_noise, step_noise
 from diffusion.policy import Denoiser, Policy
@@ -46,7 +47,7 @@ class Chain:
         denoiser: Denoiser,
         state_NCHW: Tensor,
         step_N: Tensor,
-        embedding_NLE: Tensor,
+        conditioning: Conditioning,
         *,
         noise_NCHW: Tensor | None = None,
         next_state_NCHW: Tensor | None = None,
@@ -54,7 +55,7 @@ class Chain:
         """Evaluates the network on N (state, step) items, then draws or scores the next states."""
         constants = self.schedule.at(step_N)
         output_NCHW = self.policy.predict(
-            denoiser, state_NCHW, constants.timestep_N, embedding_NLE, self.sampler.guidance_scale
+            denoiser, state_NCHW, constants.timestep_N, conditioning, self.sampler.guidance_scale
         )
         return transition(
             state_NCHW,
@@ -74,10 +75,10 @@ class Chain:
 
         The batch is the group, so numbers do not depend on who else is sampled.
         """
-        embedding_GLE = self.policy.embed(prompt).expand(len(seeds_G), -1, -1)
+        conditioning = self.policy.condition([prompt]).expand(len(seeds_G))
 
         def draw(state_GCHW: Tensor, step_G: Tensor, noise_GCHW: Tensor) -> Transition:
-            return self.step(self.policy.unet, state_GCHW, step_G, embedding_GLE, noise_NCHW=noise_GCHW)
+            return self.step(self.policy.unet, state_GCHW, step_G, conditioning, noise_NCHW=noise_GCHW)
 
         start = initial_noise(seeds_G, self.policy.latent_shape_CHW, shared=self.sampler.share_initial_noise)
         return self._walk(start, seeds_G, draw, after_step)

@@ -19,14 +19,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from diffusion.conditioning import Conditioning
 from diffusion.policy import Policy
 from diffusion.schedules import noise_level
 from protocol.algorithms import Perception
 from protocol.errors import ModelError
 from protocol.seeds import Purpose, derive_seed
 
-Encode = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]
-"""(states (N, C, H, W), timesteps (N,), embeddings (N, L, E)) -> features (N, ...), one tensor a block."""
+Encode = Callable[[Tensor, Tensor, Conditioning], Sequence[Tensor]]
+"""(states (N, C, H, W), timesteps (N,), N prompts) -> features (N, ...), one tensor a block."""
 
 Blocks = Literal["down", "down_mid", "mid", "multi", "identity"]
 Norm = Literal["none", "relative", "k2"]
@@ -92,7 +93,7 @@ class Target:
     """
 
     constants: InputConstants
-    embedding_NLE: Tensor
+    conditioning: Conditioning
     input_NCHW: Tensor
     features: Sequence[Tensor]
     divisor_BN: Tensor
@@ -109,7 +110,7 @@ def perceptual_target(
     state_NCHW: Tensor,
     noise_NCHW: Tensor,
     step_noise_NCHW: Tensor,
-    embedding_NLE: Tensor,
+    conditioning: Conditioning,
     constants: InputConstants,
     encode: Encode,
     *,
@@ -128,10 +129,10 @@ def perceptual_target(
     input_NCHW = (
         _spread(constants.state_N, state_NCHW) * state_NCHW + _spread(constants.sigma_N, state_NCHW) * step_noise_NCHW
     )
-    features = encode(_with_estimate(input_NCHW, noise_NCHW, constants), constants.timestep_N, embedding_NLE)
+    features = encode(_with_estimate(input_NCHW, noise_NCHW, constants), constants.timestep_N, conditioning)
     divisor_BN = torch.stack([_divisor(feature, constants, norm) for feature in features])
     safe_BN = torch.where(divisor_BN > 0, divisor_BN, 1.0)
-    return Target(constants, embedding_NLE, input_NCHW, features, safe_BN, (divisor_BN > 0).all(0))
+    return Target(constants, conditioning, input_NCHW, features, safe_BN, (divisor_BN > 0).all(0))
 
 
 def perceptual_error(estimate_NCHW: Tensor, target: Target, encode: Encode) -> Tensor:
@@ -144,7 +145,7 @@ def perceptual_error(estimate_NCHW: Tensor, target: Target, encode: Encode) -> T
     """
     _check_latent("estimate", estimate_NCHW, target.input_NCHW.shape, target.constants)
     input_NCHW = _with_estimate(target.input_NCHW, estimate_NCHW, target.constants)
-    features = encode(input_NCHW, target.constants.timestep_N, target.embedding_NLE)
+    features = encode(input_NCHW, target.constants.timestep_N, target.conditioning)
     error_BN = torch.stack(
         [(own - true).square().flatten(1).mean(1) for own, true in zip(features, target.features, strict=True)]
     )
@@ -178,13 +179,13 @@ class Encoder:
         self._stack, self._blocks, self._weights = stack, blocks, weights
         self.num_forward = 0
 
-    def __call__(self, state_NCHW: Tensor, timestep_N: Tensor, embedding_NLE: Tensor) -> Sequence[Tensor]:
+    def __call__(self, state_NCHW: Tensor, timestep_N: Tensor, conditioning: Conditioning) -> Sequence[Tensor]:
         """Returns the features of N states, one tensor a block; `identity` gives back the states."""
         if self._blocks == "identity":
             return [state_NCHW]
         self.num_forward += len(state_NCHW)
         with self._weights(), _constant(self._stack):
-            return self._stack.features(state_NCHW, timestep_N, embedding_NLE, self._blocks)
+            return self._stack.features(state_NCHW, timestep_N, conditioning, self._blocks)
 
 
 class EncoderStack(nn.Module):
@@ -194,19 +195,30 @@ class EncoderStack(nn.Module):
         super().__init__()
         self.conv_in, self.time_proj, self.time_embedding = unet.conv_in, unet.time_proj, unet.time_embedding
         self.down_blocks, self.mid_block = unet.down_blocks, unet.mid_block
+        # Of Stable Diffusion XL, which is told the pooled prompt and the image's size too.
+        self.add_time_proj, self.add_embedding = (
+            getattr(unet, "add_time_proj", None),
+            getattr(unet, "add_embedding", None),
+        )
 
     def features(
-        self, state_NCHW: Tensor, timestep_N: Tensor, embedding_NLE: Tensor, blocks: Blocks
+        self, state_NCHW: Tensor, timestep_N: Tensor, conditioning: Conditioning, blocks: Blocks
     ) -> Sequence[Tensor]:
         """Returns hidden states after blocks, as `UNet2DConditionModel.forward` computes them."""
         time_NE = self.time_embedding(self.time_proj(timestep_N).to(state_NCHW.dtype))
+        if conditioning.pooled_NP is not None and conditioning.size_N6 is not None:
+            assert self.add_time_proj is not None, "a network that is told a size has layers for it"
+            assert self.add_embedding is not None
+            sizes_NE = self.add_time_proj(conditioning.size_N6.flatten()).view(len(conditioning), -1)
+            told_NE = torch.cat([conditioning.pooled_NP, sizes_NE.to(conditioning.pooled_NP.dtype)], dim=1)
+            time_NE = time_NE + self.add_embedding(told_NE.to(time_NE.dtype))
         hidden_NCHW, down = self.conv_in(state_NCHW), []
         for block in self.down_blocks:
-            hidden_NCHW, _ = _call(block, hidden_NCHW, time_NE, embedding_NLE)
+            hidden_NCHW, _ = _call(block, hidden_NCHW, time_NE, conditioning.text_NLE)
             down.append(hidden_NCHW)
         if blocks == "down":
             return down[-1:]
-        middle_NCHW = _call(self.mid_block, hidden_NCHW, time_NE, embedding_NLE)
+        middle_NCHW = _call(self.mid_block, hidden_NCHW, time_NE, conditioning.text_NLE)
         if blocks == "mid":
             return [middle_NCHW]
         return [*(down if blocks == "multi" else down[-1:]), middle_NCHW]
@@ -235,9 +247,9 @@ def _random_stack(policy: Policy, seed: int) -> EncoderStack:
     return EncoderStack(unet).to(policy.device, policy.dtype).eval().requires_grad_(False)
 
 
-def _call(block: Any, hidden_NCHW: Tensor, time_NE: Tensor, embedding_NLE: Tensor) -> Any:
+def _call(block: Any, hidden_NCHW: Tensor, time_NE: Tensor, text_NLE: Tensor) -> Any:
     if getattr(block, "has_cross_attention", False):
-        return block(hidden_NCHW, time_NE, encoder_hidden_states=embedding_NLE)
+        return block(hidden_NCHW, time_NE, encoder_hidden_states=text_NLE)
     return block(hidden_NCHW, time_NE)
 
 

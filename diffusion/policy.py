@@ -1,6 +1,7 @@
 """The policy: a text-to-image model from diffusers, the parts of it that are trained, and its reference.
 
-The only home of `diffusers` and `peft`. Nothing here draws noise or knows of tickets.
+With `families`, which says what differs between base models, the only home of `diffusers` and `peft`. Nothing here draws
+noise or knows of tickets.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
+from diffusion.conditioning import Conditioning
+from diffusion.families import family_of
+from diffusion.families.loading import load
 from diffusion.kernels import PredictionType, guide, predicted_noise_and_clean
 from diffusion.schedules import StepConstants, make_schedule, noise_level
 from diffusion.weights import State, weights_digest
@@ -33,15 +36,15 @@ from protocol.seeds import Purpose, derive_seed
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
-MAX_CACHED_EMBEDDINGS = 2048
+MAX_CACHED_PROMPTS = 2048
 """Some 0.5 GB for Stable Diffusion 1.x; far more prompts than a round has."""
 
 Denoiser = Callable[..., Any]
-"""A U-Net, or an engine that wraps it: called as denoiser(states, timesteps, encoder_hidden_states=...)."""
+"""A U-Net, or an engine that wraps it: called as its family calls it."""
 
 
 class Policy:
-    """A latent diffusion model of the Stable Diffusion 1.x/2.x layout, frozen but for its trainable part.
+    """A latent diffusion model, frozen but for its trainable part.
 
     All networks are in eval mode (dropout off) in one compute dtype, so that policy, reference and rollouts
     compute alike (algorithms.md 0.7 rule 3).
@@ -60,16 +63,16 @@ class Policy:
         """Loads a folder or hub id. `seed` fixes the adapters' initial weights. Raises ModelError."""
         self.source, self.dtype, self.device = source, dtype, torch.device(device)
         self.trainable = trainable
-        self.text_encoder = self._frozen(_load(CLIPTextModel, source, "text_encoder", dtype=dtype))
-        self.tokenizer = _load(CLIPTokenizer, source, "tokenizer")
-        _check_tokenizer(self.tokenizer, self.text_encoder.config, source)
-        self.unet: UNet2DConditionModel = self._frozen(_load(UNet2DConditionModel, source, "unet", torch_dtype=dtype))
+        self.unet: UNet2DConditionModel = self._frozen(load(UNet2DConditionModel, source, "unet", torch_dtype=dtype))
+        self.family = family_of(source)(source, dtype)
+        for network in self.family.networks:
+            self._frozen(network)
         self.vae: AutoencoderKL | None = None
         if with_decoder:
-            self.vae = self._frozen(_load(AutoencoderKL, source, "vae", torch_dtype=dtype))
+            self.vae = self._frozen(load(AutoencoderKL, source, "vae", torch_dtype=dtype))
         self.base_digest = weights_digest(self.unet.state_dict())
-        self._scheduler = _load(DDIMScheduler, source, "scheduler")
-        self._embeddings: dict[str, Tensor] = {}
+        self._scheduler = load(DDIMScheduler, source, "scheduler")
+        self._encoded: dict[str, Conditioning] = {}
         self._frozen_unet: UNet2DConditionModel | None = None
         self._adapters_enabled = True
         self.num_evaluations = 0
@@ -139,54 +142,46 @@ class Policy:
         ).to(self.device)
 
     @torch.no_grad()
-    def embed(self, prompt: str) -> Tensor:
-        """Returns a prompt's text embedding, (L, E), from a cache. Each prompt is encoded by itself."""
-        if prompt not in self._embeddings:
-            if len(self._embeddings) >= MAX_CACHED_EMBEDDINGS:
-                self._embeddings.pop(next(iter(self._embeddings)))
-            tokens = self.tokenizer(
-                prompt,
-                padding="max_length",
-                max_length=self.tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            self._embeddings[prompt] = self.text_encoder(tokens.input_ids.to(self.device))[0][0]
-        return self._embeddings[prompt]
+    def condition(self, prompts: Sequence[str]) -> Conditioning:
+        """Returns N prompts as the network is told them, from a cache. Each is encoded by itself; the empty one is what
+        guidance leads away from."""
+        return Conditioning.cat([self._encode(prompt) for prompt in prompts])
 
-    def embed_all(self, prompts: Sequence[str]) -> Tensor:
-        """Returns embeddings of N prompts, (N, L, E)."""
-        return torch.stack([self.embed(prompt) for prompt in prompts])
+    def _encode(self, prompt: str) -> Conditioning:
+        if prompt not in self._encoded:
+            if len(self._encoded) >= MAX_CACHED_PROMPTS:
+                self._encoded.pop(next(iter(self._encoded)))
+            self._encoded[prompt] = self.family.encode(prompt)
+        return self._encoded[prompt]
 
     def predict(
         self,
         denoiser: Denoiser,
         state_NCHW: Tensor,
         timestep_N: Tensor,
-        embedding_NLE: Tensor,
+        conditioning: Conditioning,
         guidance_scale: float,
     ) -> Tensor:
         """Returns the guided network output, (N, C, H, W) fp32. Guidance 1 evaluates one branch only."""
         state_NCHW = state_NCHW.to(self.dtype)
         self.num_evaluations += len(state_NCHW) * (1 if guidance_scale == 1.0 else 2)
         if guidance_scale == 1.0:
-            output = denoiser(state_NCHW, timestep_N, encoder_hidden_states=embedding_NLE).sample
-            return output.float()
-        empty_NLE = self.embed("").expand_as(embedding_NLE)
-        output = denoiser(
+            return self.family.call(denoiser, state_NCHW, timestep_N, conditioning).float()
+        output = self.family.call(
+            denoiser,
             torch.cat([state_NCHW, state_NCHW]),
             torch.cat([timestep_N, timestep_N]),
-            encoder_hidden_states=torch.cat([empty_NLE, embedding_NLE]),
-        ).sample
+            Conditioning.cat([self.condition([""]).expand(len(conditioning)), conditioning]),
+        )
         unconditional_NCHW, conditional_NCHW = output.float().chunk(2)
         return guide(unconditional_NCHW, conditional_NCHW, guidance_scale)
 
     def predict_noise(
-        self, denoiser: Denoiser, state_NCHW: Tensor, timestep_N: Tensor, embedding_NLE: Tensor
+        self, denoiser: Denoiser, state_NCHW: Tensor, timestep_N: Tensor, conditioning: Conditioning
     ) -> Tensor:
         """Returns the noise that the conditional branch predicts in N noised latents, (N, C, H, W) fp32, whatever the
         network's output stands for."""
-        output_NCHW = self.predict(denoiser, state_NCHW, timestep_N, embedding_NLE, 1.0)
+        output_NCHW = self.predict(denoiser, state_NCHW, timestep_N, conditioning, 1.0)
         level = noise_level(self.alpha_bar, timestep_N)
         return predicted_noise_and_clean(state_NCHW, output_NCHW, level, self.prediction_type)[0]
 
@@ -262,7 +257,7 @@ class Policy:
         layers = {name: t.detach().cpu().float() for name, t in get_peft_model_state_dict(self.unet).items()}
         # Without its metadata a reader would take alpha to be the rank.
         metadata = self.unet.peft_config["default"].to_dict()
-        StableDiffusionPipeline.save_lora_weights(
+        self.family.pipeline.save_lora_weights(
             str(folder), unet_lora_layers=layers, unet_lora_adapter_metadata=metadata
         )
 
@@ -287,32 +282,5 @@ class Policy:
         self.unet.eval()
 
 
-def _check_tokenizer(tokenizer: CLIPTokenizer, config: Any, source: str) -> None:
-    """transformers makes an empty tokenizer of a folder without its files, and says nothing."""
-    if tokenizer.model_max_length > config.max_position_embeddings or len(tokenizer) > config.vocab_size:
-        raise ModelError(
-            "the tokenizer of the base model is missing or does not belong to its text encoder",
-            value=f"{len(tokenizer)} words, at most {tokenizer.model_max_length} tokens in {source}",
-            expected=f"at most {config.vocab_size} words and {config.max_position_embeddings} tokens",
-            do="check the model's tokenizer folder",
-        )
-
-
 def _lora_config(lora: Lora) -> LoraConfig:
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
-
-
-def _load(kind: Any, source: str, part: str, **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(source, subfolder=part, **options)
-    except Exception as error:  # diffusers and transformers raise many types for an unusable folder
-        raise ModelError(
-            f"the {part} of the base model cannot be loaded: {_first_line(error)}",
-            value=source,
-            expected="a Stable Diffusion 1.x or 2.x model in diffusers layout",
-            do="check model.path; a hub id needs the network or a filled cache",
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -102,7 +102,7 @@ class Tools:
         policy, denoiser = self.policy, self.engine.denoiser
         state_NCHW = torch.zeros(1, *policy.latent_shape_CHW, device=policy.device)
         timestep_N = torch.zeros(1, dtype=torch.long, device=policy.device)
-        return policy.predict(denoiser, state_NCHW, timestep_N, policy.embed("")[None], 1.0).sum()
+        return policy.predict(denoiser, state_NCHW, timestep_N, policy.condition([""]), 1.0).sum()
 
     def steps(self, round_: int) -> Iterator[Place]:
         """Yields the optimizer steps of a round, for each of which the engine then has its learning rate."""

@@ -7,8 +7,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 WIDTH = 16
@@ -20,16 +26,8 @@ def make_tiny_model(folder: Path, *, prediction_type: str = "epsilon") -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipeline = StableDiffusionPipeline(
-            vae=AutoencoderKL(
-                block_out_channels=(8, 8),
-                down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2,
-                latent_channels=4,
-                layers_per_block=1,
-                norm_num_groups=4,
-                sample_size=16,
-            ),
-            text_encoder=_text_encoder(),
+            vae=_vae(),
+            text_encoder=CLIPTextModel(_text_config()),
             tokenizer=_tokenizer(),
             unet=UNet2DConditionModel(
                 sample_size=8,
@@ -41,15 +39,7 @@ def make_tiny_model(folder: Path, *, prediction_type: str = "epsilon") -> Path:
                 attention_head_dim=2,
                 norm_num_groups=4,
             ),
-            scheduler=DDIMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                clip_sample=False,
-                set_alpha_to_one=False,
-                steps_offset=1,
-                prediction_type=prediction_type,
-            ),
+            scheduler=_scheduler(prediction_type),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -58,20 +48,76 @@ def make_tiny_model(folder: Path, *, prediction_type: str = "epsilon") -> Path:
     return folder
 
 
-def _text_encoder() -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=514,
-            hidden_size=WIDTH,
-            intermediate_size=WIDTH,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=LENGTH,
-            bos_token_id=512,
-            eos_token_id=513,
-            pad_token_id=513,
+def make_tiny_xl_model(folder: Path) -> Path:
+    """Writes a Stable Diffusion XL pipeline of that size: two text encoders, a pooled prompt and sizes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = StableDiffusionXLPipeline(
+            vae=_vae(scaling_factor=0.13025, force_upcast=True),
+            text_encoder=CLIPTextModel(_text_config()),
+            tokenizer=_tokenizer(),
+            text_encoder_2=CLIPTextModelWithProjection(_text_config(hidden_size=2 * WIDTH, projection_dim=WIDTH)),
+            tokenizer_2=_tokenizer(),
+            unet=UNet2DConditionModel(
+                sample_size=8,
+                block_out_channels=(8, 16),
+                layers_per_block=1,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                cross_attention_dim=3 * WIDTH,
+                attention_head_dim=2,
+                norm_num_groups=4,
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=4,
+                projection_class_embeddings_input_dim=WIDTH + 6 * 4,
+            ),
+            scheduler=_scheduler(),
+            force_zeros_for_empty_prompt=True,
+            add_watermarker=False,
         )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _vae(**config: object) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=16,
+        **config,
     )
+
+
+def _scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
+def _text_config(**changes: int) -> CLIPTextConfig:
+    config = {
+        "vocab_size": 514,
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": LENGTH,
+        "bos_token_id": 512,
+        "eos_token_id": 513,
+        "pad_token_id": 513,
+    }
+    return CLIPTextConfig(**{**config, **changes})
 
 
 def _tokenizer() -> CLIPTokenizer:

@@ -68,9 +68,7 @@ def climbing(images: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def desk(
-    tiny_model: str, redis_server: RedisServer, open_streams: Callable[..., Any], tmp_path_factory: Any
-) -> Desk:
+def desk(tiny_model: str, redis_server: RedisServer, open_streams: Callable[..., Any], tmp_path_factory: Any) -> Desk:
     folder = tmp_path_factory.mktemp("firewall")
     (folder / "model").symlink_to(tiny_model)
     (folder / "prompts.txt").write_text("a red seven\na blue one\na green two\n")

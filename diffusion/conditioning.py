@@ -1,0 +1,59 @@
+"""What a network is told besides states and timesteps: prompts as tensors, for a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """N prompts as a model family encodes them. Worked examples, of one prompt each:
+
+    Stable Diffusion 1.x     Conditioning(text_NLE (1, 77, 768))
+    Stable Diffusion XL      Conditioning(text_NLE (1, 77, 2048), pooled_NP (1, 1280), size_N6 (1, 6))
+
+    `pooled_NP` is the whole prompt in one vector, `size_N6` original height and width, top and left of the crop, and
+    target height and width in pixels.
+    """
+
+    text_NLE: Tensor
+    pooled_NP: Tensor | None = None
+    size_N6: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.text_NLE)
+
+    def __getitem__(self, index: Tensor) -> Conditioning:
+        """Returns the rows of an index."""
+        return self._each(lambda tensor: tensor[index])
+
+    def expand(self, num: int) -> Conditioning:
+        """Returns one row as so many equal ones, without copying it."""
+        return self._each(lambda tensor: tensor.expand(num, *tensor.shape[1:]))
+
+    def repeat_interleave(self, num: int) -> Conditioning:
+        """Returns each row so many times, one after the other."""
+        return self._each(lambda tensor: tensor.repeat_interleave(num, 0))
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Returns the rows of all parts, which are of one family."""
+
+        def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+            present = [tensor for tensor in tensors if tensor is not None]
+            return torch.cat(present) if present else None
+
+        text_NLE = torch.cat([part.text_NLE for part in parts])
+        pooled_NP, size_N6 = joined([part.pooled_NP for part in parts]), joined([part.size_N6 for part in parts])
+        return Conditioning(text_NLE, pooled_NP, size_N6)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning(
+            change(self.text_NLE),
+            None if self.pooled_NP is None else change(self.pooled_NP),
+            None if self.size_N6 is None else change(self.size_N6),
+        )

@@ -1,0 +1,54 @@
+"""Loading parts of a base model in diffusers layout, with errors that say what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from protocol.errors import ModelError
+
+
+def load(kind: Any, source: str, part: str, **options: Any) -> Any:
+    """Returns a part of a model folder or hub id. Raises ModelError."""
+    return _explained(kind.from_pretrained, source, part, **options)
+
+
+def load_config(kind: Any, source: str, part: str) -> dict[str, Any]:
+    """Returns the configuration of a part. Raises ModelError."""
+    config: dict[str, Any] = _explained(kind.load_config, source, part)
+    return config
+
+
+def _explained(read: Callable[..., Any], source: str, part: str, **options: Any) -> Any:
+    try:
+        return read(source, subfolder=part, **options)
+    except Exception as error:  # diffusers and transformers raise many types for an unusable folder
+        raise ModelError(
+            f"the {part} of the base model cannot be loaded: {_first_line(error)}",
+            value=source,
+            expected="a model in diffusers layout, with weights in safetensors",
+            do="check model.path; a hub id needs the network or a filled cache",
+        ) from error
+
+
+def check_tokenizer(tokenizer: Any, config: Any, source: str, part: str) -> None:
+    """transformers makes an empty tokenizer of a folder without its files, and says nothing."""
+    if tokenizer.model_max_length > config.max_position_embeddings or len(tokenizer) > config.vocab_size:
+        raise ModelError(
+            f"the {part} of the base model is missing or does not belong to its text encoder",
+            value=f"{len(tokenizer)} words, at most {tokenizer.model_max_length} tokens in {source}",
+            expected=f"at most {config.vocab_size} words and {config.max_position_embeddings} tokens",
+            do=f"check the model's {part} folder",
+        )
+
+
+def token_ids(tokenizer: Any, prompt: str) -> Any:
+    """Returns a prompt's tokens, (1, L), cut or filled to the length that the text encoder was trained on."""
+    tokens = tokenizer(
+        prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    return tokens.input_ids
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
