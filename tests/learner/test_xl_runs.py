@@ -25,7 +25,7 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @parameters(QUICK)
-def test_an_algorithm_learns_on_xl(desk: Desk, xl: dict[str, Any], name: str) -> None:  # noqa: F811
+def test_an_algorithm_learns_on_xl(desk: Desk, xl: dict[str, Any], name: str) -> None:
     run = desk.run(f"xl-{name}", CASES[name], model=xl)
     rows = run.train()
     assert all(math.isfinite(row["loss"]) for row in rows)
