@@ -213,7 +213,7 @@ def _make_prove(chain: Chain) -> Callable[[], None]:
 
 
 def _group(arrays: dict[str, np.ndarray]) -> Group:
-    return Group("000000-0000", 0, 0, PROMPTS[0], 0, "0" * 64, "{}", "{}", "w", 0.0, 0.0, GROUP_SIZE, arrays)
+    return Group("000000-0000", 0, 0, PROMPTS[0], 0, "0" * 64, "{}", "{}", "w", 0.0, 0.0, GROUP_SIZE, 0, arrays)
 
 
 def _with_threads(count: int, run: Callable[[], None]) -> None:

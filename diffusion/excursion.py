@@ -20,7 +20,7 @@ from torch import Tensor
 from diffusion.chain import Chain
 from diffusion.kernels import PredictionType, noised, predicted_noise_and_clean, transition
 from diffusion.noise import initial_noise, step_noise
-from diffusion.schedules import StepConstants, make_schedule
+from diffusion.schedules import StepConstants, make_schedule, noise_level
 from protocol.algorithms import Excursion
 from protocol.seeds import Purpose, derive_seed
 
@@ -124,6 +124,35 @@ def walk(
         ).next_state_NCHW
         after_step()
     return Visited(torch.stack(states, dim=1).to(wire_dtype), schedule.timestep_N, torch.stack(cleans, dim=1))
+
+
+def walk_again(
+    network: Network,
+    first_NCHW: Tensor,
+    timestep_NM: Tensor,
+    alpha_bar: Tensor,
+    *,
+    prediction_type: PredictionType,
+    wire_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Returns the states (N, M, C, H, W) that the network visits itself and the noise that it predicts there; the noise
+    has a graph through all steps before it.
+
+    N candidates go from their first states to timesteps of their own, by `walk`'s steps at eta 0: x0_hat noised with
+    the predicted noise. The network that walked visits the very states again. Rounding to the wire's dtype passes
+    gradients on as they are: in half precision they would vanish.
+    """
+    state_NCHW, states, predicted = first_NCHW, [], []
+    for step, timestep_N in enumerate(timestep_NM.unbind(1)):
+        output_NCHW = network(state_NCHW, timestep_N).to(state_NCHW.dtype)
+        level = noise_level(alpha_bar, timestep_N)
+        noise_NCHW, clean_NCHW = predicted_noise_and_clean(state_NCHW, output_NCHW, level, prediction_type)
+        states.append(state_NCHW.detach())
+        predicted.append(noise_NCHW)
+        if step + 1 < timestep_NM.shape[1]:
+            state_NCHW = noised(clean_NCHW, noise_NCHW, noise_level(alpha_bar, timestep_NM[:, step + 1]))
+            state_NCHW = state_NCHW + (state_NCHW.to(wire_dtype).to(state_NCHW.dtype) - state_NCHW).detach()
+    return torch.stack(states, dim=1), torch.stack(predicted, dim=1)
 
 
 @torch.no_grad()

@@ -70,8 +70,10 @@ class Descent:
     def evaluate(self, probe: Probe, denoiser: Denoiser, item_NK: Tensor, value: Evaluate | None = None) -> Tensor:
         """Returns the probe's values of all items, (N, ...), or those of `value`, without a graph."""
         batches = self.batches(probe, item_NK)
+        # Agreed upon first: with ZeRO-3 passes are collectives, and another one must not come between them.
+        num_passes = self._most(len(batches))
         values = [self.score(probe, denoiser, items, value) for items in batches]
-        for _ in range(self._most(len(batches)) - len(batches)):
+        for _ in range(num_passes - len(batches)):
             probe(denoiser, probe.filler_1K)
         return torch.cat(values) if values else self._no_values(probe)
 

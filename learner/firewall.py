@@ -51,15 +51,19 @@ class Watchman:
         self._first: dict[str, tuple[float, float]] = {}
         self.num_roll_backs, self._forgiven_before = 0, 0
         self.good = 0
+        self._stopped: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps."""
+        if not self._looks:
+            return {}
         return {
             "looks": [vars(look).copy() for look in self._looks],
             "first": {label: list(pair) for label, pair in self._first.items()},
             "num_roll_backs": self.num_roll_backs,
             "forgiven_before": self._forgiven_before,
             "good": self.good,
+            "stopped": self._stopped,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -69,7 +73,7 @@ class Watchman:
         self._looks = [Look(**look) for look in state["looks"]]
         self._first = {label: (mean, std) for label, (mean, std) in state["first"].items()}
         self.num_roll_backs, self._forgiven_before = state["num_roll_backs"], state["forgiven_before"]
-        self.good = state["good"]
+        self.good, self._stopped = state["good"], state["stopped"]
 
     def look(self, groups: Sequence[Group], version: int) -> Verdict:
         """Judges a version by this rank's part of a check. All ranks call it."""
@@ -82,10 +86,21 @@ class Watchman:
         # After a roll-back, rounds that were sampled before it still come.
         forgiven = version < self._forgiven_before
         reasons = () if forgiven else tuple(self._reasons(look, self._settings.margin))
-        self._looks.append(look)
-        if not (reasons or forgiven):
+        if not forgiven:
+            self._looks.append(look)
+        num_missing = len(self._settings.rewards) - len(held_out) + (look.trained is None)
+        if not (reasons or forgiven or num_missing):
             self.good = version
-        return Verdict(reasons, self._action(self._settings) if reasons else "none", self._metrics(look, reasons))
+        action = self._action(self._settings) if reasons else "none"
+        self._stopped = {"reasons": reasons, "margin": self._settings.margin} if action == "stop" else None
+        return Verdict(reasons, action, self._metrics(look, reasons, num_missing))
+
+    def still_stopped(self) -> Sequence[str]:
+        """Returns why a run was stopped that is resumed as if it had not been: nobody has decided otherwise."""
+        if not (self._stopped and self._settings):
+            return ()
+        decided = self._action(self._settings) != "stop" or self._settings.margin > self._stopped["margin"]
+        return () if decided else self._stopped["reasons"]
 
     def roll_back(self, next_version: int) -> int:
         """Takes note that training goes on from the last good version, which it returns, as `next_version`. What was
@@ -142,11 +157,12 @@ class Watchman:
                 )
         return found
 
-    def _metrics(self, look: Look, reasons: Sequence[str]) -> dict[str, Any]:
+    def _metrics(self, look: Look, reasons: Sequence[str], num_missing: int) -> dict[str, Any]:
         return {
             "firewall/version": look.version,
             "firewall/trained": look.trained,
             **{f"firewall/{label}": mean for label, mean in look.held_out.items()},
             "firewall/tripped": int(bool(reasons)),
+            "firewall/missing": num_missing,
             **({"firewall/reason": "; ".join(reasons)} if reasons else {}),
         }

@@ -1,24 +1,30 @@
 """Probes: the scalars of a network that a loss needs, and how they are evaluated (algorithms.md 0.5).
 
     TransitionProbe   log pi(x_{t-1} | x_t, c) of (group, sibling, step) items, guidance included
-    ErrorProbe        mean squared error of the predicted noise at noised images, or of features (NCP)
+    ErrorProbe        mean squared error of the predicted noise at noised images
+    WalkProbe         the same at states that the policy visits itself (Diffusion-Sharpening's released code)
+    PerceptualProbe   mean squared error of features (NCP)
 
 A probe is called with a denoiser, so that policy, reference and opponent are evaluated alike.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from diffusion.chain import Chain
+from diffusion.excursion import walk_again
 from diffusion.kernels import Transition, kernel_kl_latent_mean
 from diffusion.perception import (
+    Encode,
     Encoder,
+    InputConstants,
     Target,
     perceptual_error,
     perceptual_target,
@@ -181,14 +187,15 @@ class ErrorProbe:
 
     def __call__(self, denoiser: Denoiser, item_NK: Tensor) -> Tensor:
         """Evaluates all latents of N units in one batch."""
-        unit_N = item_NK[:, 0]
-        rows = self._rows(unit_N)
+        rows = self._rows(item_NK[:, 0])
         error_of = self._error_of(rows)
-        errors = [error_of(self._predict(denoiser, rows))]
+        rows, predicted_NCHW = self._visit(denoiser, rows)
+        values = [error_of(predicted_NCHW)]
         if self.with_reference:
             with torch.no_grad(), self.policy.reference(denoiser) as reference:
-                errors.append(error_of(self._predict(reference, rows)))
-        return torch.cat([error_N.view(len(unit_N), self.width) for error_N in errors], dim=1)
+                values.append(error_of(self._predict(reference, rows)))
+        values += self._noted(predicted_NCHW.detach(), rows)
+        return torch.cat([value_N.view(len(item_NK), self.width) for value_N in values], dim=1)
 
     def _rows(self, unit_N: Tensor) -> Rows:
         """Returns all latents of N units, one after the other."""
@@ -204,9 +211,17 @@ class ErrorProbe:
     def _predict(self, denoiser: Denoiser, rows: Rows) -> Tensor:
         return self.policy.predict_noise(denoiser, rows.state_NCHW, rows.timestep_N, rows.embedding_NLE)
 
+    def _visit(self, denoiser: Denoiser, rows: Rows) -> tuple[Rows, Tensor]:
+        """Returns the states that policy and reference are evaluated at, and the policy's prediction."""
+        return rows, self._predict(denoiser, rows)
+
     def _error_of(self, rows: Rows) -> Callable[[Tensor], Tensor]:
         """Returns what gives the errors (N,) of a prediction (N, C, H, W)."""
-        return lambda predicted_NCHW: (predicted_NCHW - rows.noise_NCHW).square().flatten(1).mean(1)
+        return functools.partial(_noise_error, rows)
+
+    def _noted(self, predicted_NCHW: Tensor, rows: Rows) -> list[Tensor]:  # noqa: ARG002
+        """Returns what else is reported of the policy's prediction, (N,) each: nothing."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -220,34 +235,128 @@ class Rows:
     embedding_NLE: Tensor
 
 
+def _noise_error(rows: Rows, predicted_NCHW: Tensor) -> Tensor:
+    return (predicted_NCHW - rows.noise_NCHW).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class WalkProbe(ErrorProbe):
+    """Errors at states that the policy visits itself, with a graph through the steps between them, as the released code
+    of Diffusion-Sharpening has it: M states a candidate, one candidate's after the other's, of which the first alone is
+    taken as it is given. The reference is evaluated at the same states."""
+
+    num_states: int = field(kw_only=True)
+    wire_dtype: torch.dtype = field(kw_only=True)
+
+    def _visit(self, denoiser: Denoiser, rows: Rows) -> tuple[Rows, Tensor]:
+        firsts = slice(None, None, self.num_states)
+        embedding_NLE = rows.embedding_NLE[firsts]
+        states_NMCHW, predicted_NMCHW = walk_again(
+            lambda state, timestep: self.policy.predict(denoiser, state, timestep, embedding_NLE, 1.0),
+            rows.state_NCHW[firsts],
+            rows.timestep_N.view(-1, self.num_states),
+            self.policy.alpha_bar,
+            prediction_type=self.policy.prediction_type,
+            wire_dtype=self.wire_dtype,
+        )
+        return replace(rows, state_NCHW=states_NMCHW.flatten(0, 1)), predicted_NMCHW.flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class PerceptualProbe(ErrorProbe):
-    """Errors between features of the frozen encoder, one denoising step further (NCP). Step noise and, for the uniform
-    input, the fresh timestep are one for all latents of a unit, policy, reference and target."""
+    """Errors between features of the frozen encoder, one denoising step further (NCP), and behind them the policy's
+    errors in noise, without a graph: (N, num_evaluations + K). Step noise and, for the uniform input, the fresh
+    timestep are one for all latents of a unit, policy, reference and target. `features` are those of all units'
+    targets, one tensor (U K, ...) a block, where `TargetProbe` has encoded them before."""
 
     encoder: Encoder = field(kw_only=True)
     settings: Perception = field(kw_only=True)
     step_noise_UCHW: Tensor = field(kw_only=True)
     fresh_timestep_U: Tensor = field(kw_only=True)
+    features: Sequence[Tensor] | None = field(default=None, kw_only=True)
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """An error an evaluation, and the errors in noise."""
+        return (self.num_evaluations + self.width,)
+
+    def k_NK(self, unit_N: Tensor) -> Tensor:
+        """Returns by how much each latent's estimate moves the encoder's input, fp64: identity features have k^2 times
+        the error in noise, and where k is 0 every estimate has error 0."""
+        timestep_N = self.noised.timestep_UK[unit_N].flatten()
+        return self._constants(timestep_N, unit_N.repeat_interleave(self.width)).k_N.view(-1, self.width)
+
+    def target(self, unit_N: Tensor) -> Target:
+        """Encodes the true noise's states of all latents of N units."""
+        return self._target(self._rows(unit_N))
 
     def _error_of(self, rows: Rows) -> Callable[[Tensor], Tensor]:
         """Encodes the true noise's states once for all estimates."""
         target = self._target(rows)
         return lambda predicted_NCHW: perceptual_error(predicted_NCHW, target, self.encoder)
 
+    def _noted(self, predicted_NCHW: Tensor, rows: Rows) -> list[Tensor]:
+        return [_noise_error(rows, predicted_NCHW)]
+
     def _target(self, rows: Rows) -> Target:
-        alpha_bar = self.policy.alpha_bar
-        if self.settings.input == "uniform":
-            constants = uniform_constants(alpha_bar, rows.timestep_N, self.fresh_timestep_U[rows.unit_N])
-        else:
-            constants = step_constants(alpha_bar, rows.timestep_N)
-        step_noise_NCHW = self.step_noise_UCHW[rows.unit_N]
         return perceptual_target(
             rows.state_NCHW,
             rows.noise_NCHW,
-            step_noise_NCHW,
+            self.step_noise_UCHW[rows.unit_N],
             rows.embedding_NLE,
-            constants,
-            self.encoder,
+            self._constants(rows.timestep_N, rows.unit_N),
+            self.encoder if self.features is None else self._look_up(rows),
             norm=self.settings.norm,
         )
+
+    def _constants(self, timestep_N: Tensor, unit_N: Tensor) -> InputConstants:
+        alpha_bar = self.policy.alpha_bar
+        if self.settings.input == "uniform":
+            return uniform_constants(alpha_bar, timestep_N, self.fresh_timestep_U[unit_N])
+        return step_constants(alpha_bar, timestep_N)
+
+    def _look_up(self, rows: Rows) -> Encode:
+        """Returns features that are there instead of encoding."""
+        assert self.features is not None
+        member_N = torch.arange(len(rows.unit_N)) % self.width
+        # A filler's errors do not count, so it may have any latent's features.
+        place_N = (rows.unit_N * self.width + member_N).clamp(max=len(self.features[0]) - 1)
+        found = [block[place_N].to(rows.state_NCHW.device) for block in self.features]
+        return lambda *_: found
+
+
+class TargetProbe:
+    """Whether targets have features to divide by: (N, K) bool; no evaluation of the U-Net. It keeps the features, in
+    main memory, so that nothing is encoded twice."""
+
+    num_branches = 1
+    num_evaluations = 0
+
+    def __init__(self, probe: PerceptualProbe) -> None:
+        self._probe = probe
+        self._features: list[Sequence[Tensor]] = []
+
+    @property
+    def width(self) -> int:
+        """K."""
+        return self._probe.width
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """A flag a latent."""
+        return (self.width,)
+
+    @property
+    def filler_1K(self) -> Tensor:
+        """The row behind the units."""
+        return self._probe.filler_1K
+
+    def __call__(self, denoiser: Denoiser, item_NK: Tensor) -> Tensor:  # noqa: ARG002
+        """Encodes the targets of N units."""
+        target = self._probe.target(item_NK[:, 0])
+        self._features.append([block.cpu() for block in target.features])
+        return target.usable_N.view(len(item_NK), self.width)
+
+    def encoded(self) -> PerceptualProbe:
+        """Returns the probe with the features of all units, which must have been evaluated in their order."""
+        return replace(self._probe, features=[torch.cat(blocks) for blocks in zip(*self._features, strict=True)])

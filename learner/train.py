@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -96,7 +96,8 @@ class LearnerRank:
             self._write(scored, report, looked, learner_s)
             self._round += 1
             if looked.action == "stop":
-                self._stop_for(looked)
+                self._checkpoint()
+                self._stop_for(looked.reasons)
             self._checkpoint_if_due()
             self._publish(self._round)
             self._issue_due()
@@ -104,6 +105,8 @@ class LearnerRank:
 
     def _begin(self) -> None:
         self._restore(checkpoint.newest_up_to(self._run_dir, self._resume_round))
+        if reasons := self._watchman.still_stopped():
+            self._stop_for(reasons)
         self._scribe.open(first_round=self._round)
         if self._is_first_rank and not self._follows:
             self._streams.open()
@@ -249,13 +252,13 @@ class LearnerRank:
         self._put_in(self._watchman.roll_back(self._round + 1))
         self._engine.start_from_parameters()
 
-    def _stop_for(self, looked: Verdict) -> None:
-        """Ends the run as the firewall says: its work is kept, and what is exported is the last good version."""
-        self._checkpoint()
+    def _stop_for(self, reasons: Sequence[str]) -> None:
+        """Ends the run as the firewall says, also one that is resumed as it was: what is exported is the last good
+        version."""
         self._put_in(self._watchman.good)
         self._finish()
         raise TrainingError(
-            f"the firewall stopped the run after round {self._round}: {'; '.join(looked.reasons)}",
+            f"the firewall stopped the run after round {self._round}: {'; '.join(reasons)}",
             do=f"look at the images; export/ holds version {self._watchman.good}, the last good one. To go on all the "
             "same, set firewall.on_trip=warn or raise firewall.margin, and resume",
         )
@@ -325,6 +328,8 @@ class LearnerRank:
         with self._engine.gathered():
             if self._is_first_rank:
                 self._policy.export(self._run_dir / "export")
+        # Whoever leaves with an error ends the run, and with it those who are not done.
+        self._engine.barrier()
         self._report_progress("done")
         self._engine.close()
 

@@ -17,7 +17,7 @@ from learner.algorithms.sft import kept_units, weighted_mean
 
 
 def cpo(
-    error_Q2: Tensor, weight_Q: Tensor, *, beta: float, sft_weight: float, normaliser: int
+    error_Q2: Tensor, weight_Q: Tensor, *, beta: float, sft_weight: float, normaliser: float
 ) -> tuple[Tensor, Metrics]:
     """Returns (loss, metrics) of Q pairs, winner first; differentiable in `error_Q2`.
 

@@ -19,7 +19,7 @@ from learner.algorithms.sft import kept_units, weighted_mean
 
 
 def preference(
-    error_Q2: Tensor, error_ref_Q2: Tensor, weight_Q: Tensor, *, beta: float, normaliser: int
+    error_Q2: Tensor, error_ref_Q2: Tensor, weight_Q: Tensor, *, beta: float, normaliser: float
 ) -> tuple[Tensor, Metrics]:
     """Returns (loss, metrics) of Q pairs, winner (or real image) first; differentiable in `error_Q2`.
 

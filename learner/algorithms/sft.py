@@ -14,11 +14,11 @@ from torch import Tensor
 from learner.algorithms.metrics import Metrics, mean_metric
 
 
-def sft(error_Q: Tensor, weight_Q: Tensor, *, normaliser: int) -> tuple[Tensor, Metrics]:
+def sft(error_Q: Tensor, weight_Q: Tensor, *, normaliser: float) -> tuple[Tensor, Metrics]:
     """Returns (loss, metrics) of Q images; differentiable in `error_Q`.
 
     error_Q: (Q,) fp32 or fp64; weight_Q: (Q,), 0 for an image to leave out. The loss, fp64, is the weighted sum
-    divided by `normaliser`, the number of images over all ranks. Raises ValueError as `kept_units` does.
+    divided by `normaliser`, the weights' sum over all ranks. Raises ValueError as `kept_units` does.
     """
     if error_Q.dim() != 1:
         raise ValueError(f"sft takes one error an image, (Q,), but was given {tuple(error_Q.shape)}")
@@ -27,11 +27,11 @@ def sft(error_Q: Tensor, weight_Q: Tensor, *, normaliser: int) -> tuple[Tensor, 
     return weighted_mean(error_Q, weight_Q[kept_Q], normaliser), {"sft/error": mean_metric(error_Q)}
 
 
-def kept_units(error: Tensor, weight_Q: Tensor, normaliser: int) -> Tensor:
+def kept_units(error: Tensor, weight_Q: Tensor, normaliser: float) -> Tensor:
     """Returns which units count, (Q,) bool: those of positive weight, so that a filler's error may be anything.
 
     Raises ValueError for weights that do not fit the errors, are negative or not finite, and for a normaliser
-    that cannot be the number of units.
+    that cannot be the sum of weights.
     """
     if weight_Q.shape != error.shape[:1]:
         raise ValueError(f"errors of {len(error)} units need as many weights, not {tuple(weight_Q.shape)}")
@@ -43,6 +43,6 @@ def kept_units(error: Tensor, weight_Q: Tensor, normaliser: int) -> Tensor:
     return kept_Q
 
 
-def weighted_mean(loss_Q: Tensor, weight_Q: Tensor, normaliser: int) -> Tensor:
+def weighted_mean(loss_Q: Tensor, weight_Q: Tensor, normaliser: float) -> Tensor:
     """Returns this rank's part of the mean over all ranks' units; exactly 0, with zero gradient, without units."""
-    return (weight_Q.double() * loss_Q).sum() / max(normaliser, 1)
+    return (weight_Q.double() * loss_Q).sum() / (normaliser or 1)

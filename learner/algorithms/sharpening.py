@@ -6,8 +6,9 @@ G candidates make a few sampling steps from a noised latent; the states that the
     RLHF  (Algorithm 2, Eq. 11):  L = -ln sig(logit - margin),  logit = -beta_full ((e_b - ref_b) - (e_a - ref_a))
 
 b is the best candidate, a the worst, e_ij the latent_mean squared error of the noise predicted at state j of
-candidate i against the noise that candidate i began with. States come from the group: no gradient passes through the
-steps between them. What the candidates share decides which way the reward pushes (algorithms.md 4.4).
+candidate i against the noise that candidate i began with. States come from the group, and no gradient passes through
+the steps between them, unless the caller visits them again as the released code does. What the candidates share decides
+which way the reward pushes (algorithms.md 4.4).
 """
 
 from __future__ import annotations
@@ -128,6 +129,17 @@ def sharpening_rlhf(
         "sharpening/margin": mean_metric(logit_P[usable_P]),
     }
     return _total(loss_P, usable_P, normaliser), metrics
+
+
+def plain_error(error_PM: Tensor, weight_PM: Tensor) -> Tensor:
+    """Returns the errors of candidates that were not selected, as `sharpening_sft` takes those that were: (P,) fp64.
+
+    A reward that prefers easy noise lowers the selected candidates' error with no weight changed (algorithms.md 4.6);
+    this one it does not lower. Raises ValueError as `sharpening_sft` does.
+    """
+    everyone_P = torch.ones(len(error_PM), dtype=torch.bool, device=error_PM.device)
+    _check_weights(weight_PM, everyone_P, error_PM[:, None])
+    return _mean_over_states(error_PM[:, None], weight_PM, everyone_P)[:, 0]
 
 
 def _scores(

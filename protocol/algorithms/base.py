@@ -27,13 +27,16 @@ class Passes(Section):
     """What it can learn from."""
     min_group_size: ClassVar[int] = 1
     """The fewest siblings that it can learn from."""
-    max_lag: ClassVar[int | None] = None
-    """The largest lag at which its loss still means what it says; None: any."""
 
     num_updates: PositiveInt = 1
     """K: passes of inner updates over a round."""
     inner_minibatches: PositiveInt = 1
     """Optimizer steps a pass is split into."""
+
+    @property
+    def max_lag(self) -> int | None:
+        """The largest lag at which its loss still means what it says; None: any."""
+        return None
 
     @property
     def num_steps_per_round(self) -> int:

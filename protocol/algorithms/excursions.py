@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from protocol.algorithms.base import Content, Fraction, Passes, SourceKind
 from protocol.section import PositiveFloat, PositiveInt, Section
@@ -29,10 +31,28 @@ class _Sharpening(Passes):
     reward of the clean image that it started from."""
     selection: Literal["best", "random"] = "best"
     """`random` asks for rewards and ignores them: the control."""
+    prompt_dropout: Fraction = 0.0
+    """Share of groups whose errors are taken with the empty prompt, drawn by key in every pass; their candidates were
+    made with their prompt (the released code draws once an example, for both)."""
+    backprop_through_steps: bool = False
+    """The policy visits the chosen candidates' states again, with a graph through the steps between them (released
+    code); else states are the group's and constants. Needs eta 0, for what noise there was is not kept, and lag 0."""
+
+    @model_validator(mode="after")
+    def _steps_can_be_taken_again(self) -> Self:
+        if self.backprop_through_steps and self.excursion.eta > 0:
+            raise ValueError(
+                f"algorithm.backprop_through_steps needs steps without noise, but excursion.eta is {self.excursion.eta}"
+            )
+        return self
 
     content: ClassVar[Content] = "excursions"
     sources: ClassVar[tuple[SourceKind, ...]] = ("prompts", "images")
-    max_lag: ClassVar[int | None] = 1
+
+    @property
+    def max_lag(self) -> int | None:
+        """Older weights visit other states: one version's are near, but what is visited again must be the same."""
+        return 0 if self.backprop_through_steps else 1
 
 
 class SharpeningSft(_Sharpening):

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from protocol.algorithms.base import Fraction, Iteration, Passes, SourceKind
 from protocol.section import NonNegativeFloat, PositiveFloat, Section
+
+MATCH_DPO: Literal["match_dpo"] = "match_dpo"
+
+
+def _number_or_match(value: Any) -> Any:
+    """One message for both, where pydantic would have one for each."""
+    if value == MATCH_DPO:
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{value!r} is neither a number above 0 nor {MATCH_DPO}")
+    return number
+
+
+MatchedBeta = Annotated[float | Literal["match_dpo"], BeforeValidator(_number_or_match)]
+"""A beta_full, or `match_dpo`: that for which logits between features have the scale of DPO's at 2500, on the base."""
 
 
 class ImageAlgorithm(Passes):
@@ -72,8 +92,9 @@ class _Preference(ImageAlgorithm):
 class _Dpo(_Preference):
     beta_half: PositiveFloat | None = None
     """Factor in the paper's convention: the logit is -beta_half/2 times the error differences. Give exactly one."""
-    beta_full: PositiveFloat | None = None
-    """Factor in diffusers' convention, half the other."""
+    beta_full: MatchedBeta | None = None
+    """Factor in diffusers' convention, half the other. `match_dpo`: 2500 times the base's mean error in noise over that
+    between features, so that logits have the scale of DPO's at 2500."""
 
     @model_validator(mode="after")
     def _has_one_beta(self) -> Self:
@@ -85,18 +106,26 @@ class _Dpo(_Preference):
         return self
 
     @property
-    def beta(self) -> float:
-        """The factor in the convention of `beta_full`."""
-        return self.beta_full if self.beta_full is not None else (self.beta_half or 0.0) / 2
+    def beta(self) -> float | None:
+        """The factor in the convention of `beta_full`; None: to be matched on the base."""
+        if self.beta_half is not None:
+            return self.beta_half / 2
+        return None if self.beta_full == MATCH_DPO else self.beta_full
 
 
 class _Cpo(_Preference):
-    beta_full: PositiveFloat
-    """Factor of the error difference."""
+    beta_full: MatchedBeta
+    """Factor of the error difference. `match_dpo`: 2500 times the base's mean error in noise over that between
+    features."""
     sft_weight: NonNegativeFloat = 1.0
     """Factor of the winner's own error; at 0 nothing bounds the loser's error."""
     max_loser_error_ratio: PositiveFloat = 10.0
     """The run stops when the loser's error passes so many times its start."""
+
+    @property
+    def beta(self) -> float | None:
+        """The factor; None: to be matched on the base."""
+        return None if self.beta_full == MATCH_DPO else self.beta_full
 
 
 class _Perceptual(Section):
@@ -118,6 +147,13 @@ class Dpo(_Dpo):
 
     name: Literal["dpo"]
     """The algorithm."""
+    beta_full: PositiveFloat | None = None
+    """Factor in diffusers' convention, half the other."""
+
+    @property
+    def beta(self) -> float:
+        """The factor in the convention of `beta_full`."""
+        return self.beta_full if self.beta_full is not None else (self.beta_half or 0.0) / 2
 
 
 class Cpo(_Cpo):
@@ -125,6 +161,8 @@ class Cpo(_Cpo):
 
     name: Literal["cpo"]
     """The algorithm."""
+    beta_full: PositiveFloat
+    """Factor of the error difference."""
 
 
 class NcpSft(_Perceptual, _Sft):

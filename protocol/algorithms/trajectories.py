@@ -62,7 +62,11 @@ class PolicyGradient(Passes):
 
     content: ClassVar[Content] = "trajectories"
     min_group_size: ClassVar[int] = 2
-    max_lag: ClassVar[int | None] = 1
+
+    @property
+    def max_lag(self) -> int | None:
+        """Ratios are taken to the weights that sampled."""
+        return 1
 
 
 class Ddpo(Passes):
@@ -95,7 +99,11 @@ class Ddpo(Passes):
         return self.clip_range
 
     content: ClassVar[Content] = "trajectories"
-    max_lag: ClassVar[int | None] = 1
+
+    @property
+    def max_lag(self) -> int | None:
+        """Ratios are taken to the weights that sampled."""
+        return 1
 
 
 class SpinExact(Passes):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusion.chain import Chain
-from diffusion.excursion import Network, Start, Visited, draw_start, excursion, excursion_schedule, walk
+from diffusion.excursion import Network, Start, Visited, draw_start, excursion, excursion_schedule, walk, walk_again
 from diffusion.kernels import PredictionType, predicted_noise_and_clean
 from diffusion.noise import initial_noise, step_noise
 from diffusion.policy import Policy
@@ -194,6 +194,93 @@ def test_what_arrives_over_the_wire_is_what_was_visited(wire_dtype: torch.dtype)
     arrived = Start(613, start.x0_GCHW.to(wire_dtype).double(), start.noise_GCHW.to(wire_dtype).double())
     assert torch.equal(run(some_network, arrived, wire_dtype=wire_dtype).states_GMCHW, visited.states_GMCHW)
     assert not torch.equal(run(some_network, start).states_GMCHW, visited.states_GMCHW.double())
+
+
+# The states, visited again with a graph.
+
+
+def again(network: Network, visited: Visited, prediction_type: PredictionType = "epsilon") -> tuple[Tensor, Tensor]:
+    """The walk from the same first states, in fp64 but for the wire."""
+    states_GMCHW, wire_dtype = visited.states_GMCHW.double(), visited.states_GMCHW.dtype
+    timestep_GM = visited.timestep_M.expand(len(states_GMCHW), -1)
+    return walk_again(
+        network, states_GMCHW[:, 0], timestep_GM, ALPHA_BAR, prediction_type=prediction_type, wire_dtype=wire_dtype
+    )
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("first", [999, 613, 90])
+def test_who_walked_visits_the_very_states_again(prediction_type: PredictionType, first: int) -> None:
+    visited = run(some_network, start_at(first), prediction_type=prediction_type, wire_dtype=torch.float16)
+    states, _ = again(some_network, visited, prediction_type)
+    assert torch.equal(states, visited.states_GMCHW.double())
+    exact = run(some_network, start_at(first), prediction_type=prediction_type)
+    torch.testing.assert_close(again(some_network, exact, prediction_type)[0], exact.states_GMCHW, rtol=1e-12, atol=0)
+
+
+def test_each_candidate_goes_to_timesteps_of_its_own() -> None:
+    walks = [run(some_network, start_at(first)) for first in (613, 90)]
+    states_NMCHW = torch.cat([visited.states_GMCHW for visited in walks])
+    timestep_NM = torch.cat([visited.timestep_M.expand(3, -1) for visited in walks])
+    together, _ = walk_again(
+        some_network,
+        states_NMCHW[:, 0],
+        timestep_NM,
+        ALPHA_BAR,
+        prediction_type="epsilon",
+        wire_dtype=torch.float64,
+    )
+    torch.testing.assert_close(together, states_NMCHW, rtol=1e-12, atol=0)
+
+
+def scaled(weight: Tensor) -> Network:
+    """A network of one weight."""
+    return lambda state, timestep: weight * some_network(state, timestep)
+
+
+def gradient_of_errors(noise_NMCHW: Tensor, weight: Tensor, loss_scale: float = 1.0) -> float:
+    """The derivative of the sum of errors against 0, each state's weighted by its place."""
+    places = torch.arange(1, noise_NMCHW.shape[1] + 1, dtype=noise_NMCHW.dtype)
+    loss = loss_scale * (noise_NMCHW.square().flatten(2).mean(2) * places).sum()
+    (gradient,) = torch.autograd.grad(loss, weight)
+    return gradient.item() / loss_scale
+
+
+def test_the_gradient_goes_through_every_step_as_through_the_walks_own() -> None:
+    """D7, of the released code: by autograd and by a difference quotient."""
+    weight, start = torch.tensor(0.8, dtype=torch.float64, requires_grad=True), start_at(613)
+    asked: list[Tensor] = []
+
+    def network(state: Tensor, timestep: Tensor) -> Tensor:
+        asked.append(scaled(weight)(state, timestep))
+        return asked[-1]
+
+    visited = run(network, start)
+    expected = gradient_of_errors(torch.stack(asked, dim=1), weight)
+    first = Visited(visited.states_GMCHW.detach(), visited.timestep_M, visited.x0hat_GMCHW)
+    assert gradient_of_errors(again(scaled(weight), first)[1], weight) == pytest.approx(expected, rel=1e-9)
+    states = zip(first.states_GMCHW.unbind(1), first.timestep_M, strict=True)
+    detached = torch.stack([scaled(weight)(state, timestep) for state, timestep in states], dim=1)
+    assert gradient_of_errors(detached, weight) != pytest.approx(expected, rel=0.01)
+
+
+def test_of_one_state_there_is_no_step_to_go_through() -> None:
+    weight = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    visited = run(some_network, start_at(613), num_states=1)
+    direct = scaled(weight)(visited.states_GMCHW[:, 0], visited.timestep_M)[:, None]
+    _, walked = again(scaled(weight), visited)
+    assert torch.equal(walked, direct)
+    assert gradient_of_errors(walked, weight) == gradient_of_errors(direct, weight)
+
+
+def test_rounding_to_the_wire_lets_the_smallest_gradients_pass() -> None:
+    """At 1e-9 a gradient that went through half precision would be 0."""
+    weight = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    visited = run(some_network, start_at(613), wire_dtype=torch.float16)
+    unrounded = Visited(visited.states_GMCHW.double(), visited.timestep_M, visited.x0hat_GMCHW)
+    expected = gradient_of_errors(again(scaled(weight), unrounded)[1], weight)
+    for scale in (1.0, 1e-9):
+        assert gradient_of_errors(again(scaled(weight), visited)[1], weight, scale) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("broken", ["x0_GCHW", "noise_GCHW"])

@@ -64,13 +64,21 @@ class Cell:
 
 
 DPO = {"name": "dpo", "beta_full": 100}
-NCP_DPO = {"name": "ncp_dpo", "beta_full": 1e4}
+NCP_DPO = {"name": "ncp_dpo", "beta_full": 1e4, "perception": {"norm": "relative"}}
+SHARPENING = {
+    "name": "sharpening_rlhf",
+    "beta_full": 100,
+    "select_on": "final_x0",
+    "excursion": {"noise": "shared"},
+    "backprop_through_steps": True,
+}
 GRADIENT = {"name": "policy_gradient", "advantage": "centred", "clip_range": None}
 
 CELLS = {
     "dpo_stage0": Cell(0, DPO, (3, 0)),
     "dpo_stage3": Cell(3, DPO, (3, 0)),
     "ncp_dpo_stage3": Cell(3, NCP_DPO, (1, 3)),
+    "sharpening_stage3": Cell(3, SHARPENING, (3, 1)),
     "policy_gradient_stage3": Cell(3, GRADIENT, (3, 0)),
 }
 

@@ -69,7 +69,7 @@ CASES: dict[str, dict[str, Any]] = {
     "spin": case("spin", ON_IMAGES, {"iterations": SELF_PLAY, "num_updates": 2}),
     "ncp_sft": case("ncp_sft", ON_PROMPTS, {"select": "random"}),
     "ncp_dpo": case("ncp_dpo", ON_PAIRS, {"beta_full": 1e4, "num_updates": 2}),
-    "ncp_cpo": case("ncp_cpo", ON_PROMPTS, {"beta_full": 1e4}),
+    "ncp_cpo": case("ncp_cpo", ON_PROMPTS, {"beta_full": 1e4, "perception": {"norm": "relative"}}),
     "sharpening_sft": case("sharpening_sft", ON_PROMPTS, {"excursion": {"noise": "fresh"}}, lag=1),
     "sharpening_sft_of_images": case(
         "sharpening_sft", {**ON_IMAGES, "rewards": ON_PROMPTS["rewards"]}, {"excursion": {"noise": "fresh"}}
@@ -81,6 +81,11 @@ CASES: dict[str, dict[str, Any]] = {
         "sharpening_rlhf",
         ON_PROMPTS,
         {"beta_full": 100, "select_on": "final_x0", "excursion": {"noise": "coupled", "eta": 0.5}},
+    ),
+    "sharpening_sft_through_steps": case(
+        "sharpening_sft",
+        ON_PROMPTS,
+        {"excursion": {"noise": "fresh"}, "backprop_through_steps": True, "prompt_dropout": 0.3},
     ),
 }
 QUICK = (
@@ -329,7 +334,10 @@ def test_a_unit_costs_the_learner_what_the_table_says(trained: Trained, name: st
         units = algorithm.num_updates * sum(num_units(run, group) for group in groups_of(run, row["round"]))
         # Before the first step one pair is evaluated to see that policy and reference are one.
         units_forward = units + (row["round"] == 0 and algorithm.name in ("dpo", "ncp_dpo"))
-        assert row["cost/unet_forward"] == units_forward * price.forward
+        # In the first step of every tenth round one more candidate of each group is compared, and what is held out.
+        compares = row["round"] == 0 and algorithm.name.startswith("sharpening")
+        compared = P // algorithm.inner_minibatches * (M + 1) if compares else 0
+        assert row["cost/unet_forward"] == units_forward * price.forward + compared
         assert row["cost/unet_backward"] == units * price.backward
         assert row["cost/encoder_forward"] == units_forward * price.encoder
 

@@ -155,3 +155,44 @@ def test_a_resumed_watchman_remembers(look: Look) -> None:
     resumed.load_state(by.state())
     assert look(resumed, 1, 1.0, 0.0) == look(by, 1, 1.0, 0.0)
     assert resumed.state() == by.state()
+
+
+def test_a_version_that_could_not_be_judged_does_not_become_the_good_one(look: Look) -> None:
+    by = watchman()
+    look(by, 0, 0.0, 5.0)
+    assert look(by, 1, 1.0, None).metrics["firewall/missing"] == 1
+    assert look(by, 2, None, 5.0).metrics["firewall/missing"] == 1
+    assert by.good == 0
+    assert look(by, 3, 1.0, 5.0).metrics["firewall/missing"] == 0
+    assert by.good == 3
+
+
+def test_a_forgiven_look_is_nothing_to_compare_with(look: Look) -> None:
+    by = watchman(on_trip="roll_back", max_roll_backs=2)
+    look(by, 0, 0.0, 5.0)
+    look(by, 4, 1.0, 0.0)
+    by.roll_back(next_version=6)
+    look(by, 5, 9.0, 50.0)
+    assert look(by, 6, 0.1, 4.9).action == "none"
+    assert look(by, 7, 0.1, 0.0).action == "roll_back"
+
+
+def test_a_stop_lasts_until_somebody_decides_otherwise(look: Look) -> None:
+    by = watchman(on_trip="stop", margin=0.5)
+    look(by, 0, 0.0, 5.0)
+    assert not by.still_stopped()
+    stopped = look(by, 1, 1.0, 0.0)
+
+    def resumed(**settings: Any) -> Watchman:
+        other = watchman(**settings)
+        other.load_state(by.state())
+        return other
+
+    assert resumed(on_trip="stop", margin=0.5).still_stopped() == stopped.reasons
+    assert resumed(on_trip="stop", margin=0.4).still_stopped() == stopped.reasons
+    for decided in ({"on_trip": "stop", "margin": 0.6}, {"on_trip": "warn"}, {"on_trip": "roll_back"}):
+        assert not resumed(**decided).still_stopped()
+
+
+def test_before_the_first_look_there_is_nothing_to_keep() -> None:
+    assert watchman().state() == {}

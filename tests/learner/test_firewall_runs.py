@@ -146,8 +146,11 @@ def test_after_a_stop_work_is_kept_and_the_last_good_version_exported(desk: Desk
     assert sorted(float(t.double().square().sum()) for t in exported.values()) == pytest.approx(
         sorted(float(t.double().square().sum()) for t in kept.values())
     )
-    # Whoever goes on all the same goes on from what was learnt.
-    resumed = desk.run("stopped", {"on_trip": "warn"}, attempt=1)
+    # A resume as it was meets the same end, at once; whoever decides otherwise goes on from what was learnt.
+    with pytest.raises(TrainingError, match=rf"the firewall stopped the run after round {trip + 1}: "):
+        desk.run("stopped", {"on_trip": "stop"}, attempt=1).train()
+    assert latest_checkpoint(run.run_dir).meta.round == trip + 1
+    resumed = desk.run("stopped", {"on_trip": "warn"}, attempt=2)
     resumed.train()
     assert digests(resumed) == digests(watched[0])
 

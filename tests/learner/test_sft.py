@@ -42,6 +42,14 @@ def test_ranks_with_unequal_counts_add_up_to_the_same_loss(counts: tuple[int, ..
     assert sum(parts).item() == pytest.approx(whole.item(), abs=1e-9)
 
 
+def test_weights_may_add_up_to_less_than_one_image() -> None:
+    """As where of a group's pairs, which weigh one together, some are dropped: what is left has its own mean."""
+    error_Q, weight_Q = tensor([0.1, 0.4]), tensor([0.25, 0.25])
+    loss, gradient_Q, _ = differentiate(lambda value: sft(value, weight_Q, normaliser=0.5), error_Q)
+    assert loss.item() == pytest.approx(0.25, rel=1e-12)
+    torch.testing.assert_close(gradient_Q, tensor([0.5, 0.5]))
+
+
 # Degenerate inputs.
 
 

@@ -15,7 +15,13 @@ from torch.nn.functional import mse_loss
 
 from diffusion.excursion import Start, Visited, excursion_schedule, walk
 from learner.algorithms.metrics import Metrics
-from learner.algorithms.sharpening import Selection, sharpening_rlhf, sharpening_select, sharpening_sft
+from learner.algorithms.sharpening import (
+    Selection,
+    plain_error,
+    sharpening_rlhf,
+    sharpening_select,
+    sharpening_sft,
+)
 from learner.two_pass import differentiate
 from protocol.algorithms import Excursion
 
@@ -288,6 +294,14 @@ def test_a_group_that_does_not_count_may_hold_anything() -> None:
     assert torch.equal(outcome.gradient[[0, 2]], expected.gradient)
     assert outcome.gradient[1].tolist() == [0, 0]
     assert outcome.metrics["sharpening/error_selected"][1] == 2
+
+
+def test_the_error_of_who_was_not_selected_is_taken_as_that_of_who_was() -> None:
+    errors, weights = tensor([[1, 2, 3], [4, 5, math.nan]]), tensor([[1, 1, 1], [2, 0.5, 0]])
+    assert_equal(plain_error(errors, weights), tensor([2, (8 + 2.5) / 2]))
+    assert plain_error(errors, weights).mean().item() == pytest.approx(sft(errors, weights).loss.item())
+    with pytest.raises(ValueError, match="without a visited state"):
+        plain_error(errors, torch.zeros(2, 3))
 
 
 # RLHF.
