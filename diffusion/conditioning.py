@@ -27,7 +27,7 @@ class Conditioning:
     def __len__(self) -> int:
         return len(self.text_NLE)
 
-    def __getitem__(self, index: Tensor) -> Conditioning:
+    def __getitem__(self, index: Tensor | slice) -> Conditioning:
         """Returns the rows of an index."""
         return self._each(lambda tensor: tensor[index])
 

@@ -173,9 +173,9 @@ def excursion(
     schedule = excursion_schedule(policy.alpha_bar, start.timestep, settings)
     shape_CHW = start.x0_GCHW.shape[1:]
     noises = [step_noise(_own_seeds(seeds_G), step, shape_CHW) for step in range(len(schedule))]
-    embedding_GLE = policy.embed(prompt).expand(len(seeds_G), -1, -1)
+    conditioning = policy.condition([prompt]).expand(len(seeds_G))
     visited = walk(
-        lambda state, timestep: policy.predict(policy.unet, state, timestep, embedding_GLE, guidance_scale=1.0),
+        lambda state, timestep: policy.predict(policy.unet, state, timestep, conditioning, guidance_scale=1.0),
         Start(start.timestep, start.x0_GCHW.to(policy.device), start.noise_GCHW.to(policy.device)),
         schedule,
         torch.stack(noises).to(policy.device),

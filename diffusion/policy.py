@@ -1,7 +1,7 @@
 """The policy: a text-to-image model from diffusers, the parts of it that are trained, and its reference.
 
-With `families`, which says what differs between base models, the only home of `diffusers` and `peft`. Nothing here draws
-noise or knows of tickets.
+With `families`, which says what differs between base models, the only home of `diffusers` and `peft`. Nothing here
+draws noise or knows of tickets.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from diffusion.chain import Chain
+from diffusion.conditioning import Conditioning
 from diffusion.excursion import walk_again
 from diffusion.kernels import Transition, kernel_kl_latent_mean
 from diffusion.perception import (
@@ -126,7 +127,7 @@ class TransitionProbe:
             denoiser,
             self.batch.latents_PGSCHW[group_N, sibling_N, step_N],
             step_N,
-            self.chain.policy.embed_all(self.batch.prompts)[group_N],
+            self.chain.policy.condition(self.batch.prompts)[group_N],
             next_state_NCHW=self.batch.latents_PGSCHW[group_N, sibling_N, step_N + 1],
         )
 
@@ -199,17 +200,17 @@ class ErrorProbe:
 
     def _rows(self, unit_N: Tensor) -> Rows:
         """Returns all latents of N units, one after the other."""
-        embedding_NLE = self.policy.embed_all([self.noised.prompts[unit] for unit in unit_N.tolist()])
+        conditioning = self.policy.condition([self.noised.prompts[unit] for unit in unit_N.tolist()])
         return Rows(
             unit_N.repeat_interleave(self.width),
             self.noised.states_UKCHW[unit_N].flatten(0, 1),
             self.noised.noise_UKCHW[unit_N].flatten(0, 1),
             self.noised.timestep_UK[unit_N].flatten(),
-            embedding_NLE.repeat_interleave(self.width, 0),
+            conditioning.repeat_interleave(self.width),
         )
 
     def _predict(self, denoiser: Denoiser, rows: Rows) -> Tensor:
-        return self.policy.predict_noise(denoiser, rows.state_NCHW, rows.timestep_N, rows.embedding_NLE)
+        return self.policy.predict_noise(denoiser, rows.state_NCHW, rows.timestep_N, rows.conditioning)
 
     def _visit(self, denoiser: Denoiser, rows: Rows) -> tuple[Rows, Tensor]:
         """Returns the states that policy and reference are evaluated at, and the policy's prediction."""
@@ -232,7 +233,7 @@ class Rows:
     state_NCHW: Tensor
     noise_NCHW: Tensor
     timestep_N: Tensor
-    embedding_NLE: Tensor
+    conditioning: Conditioning
 
 
 def _noise_error(rows: Rows, predicted_NCHW: Tensor) -> Tensor:
@@ -250,9 +251,9 @@ class WalkProbe(ErrorProbe):
 
     def _visit(self, denoiser: Denoiser, rows: Rows) -> tuple[Rows, Tensor]:
         firsts = slice(None, None, self.num_states)
-        embedding_NLE = rows.embedding_NLE[firsts]
+        conditioning = rows.conditioning[firsts]
         states_NMCHW, predicted_NMCHW = walk_again(
-            lambda state, timestep: self.policy.predict(denoiser, state, timestep, embedding_NLE, 1.0),
+            lambda state, timestep: self.policy.predict(denoiser, state, timestep, conditioning, 1.0),
             rows.state_NCHW[firsts],
             rows.timestep_N.view(-1, self.num_states),
             self.policy.alpha_bar,
@@ -303,7 +304,7 @@ class PerceptualProbe(ErrorProbe):
             rows.state_NCHW,
             rows.noise_NCHW,
             self.step_noise_UCHW[rows.unit_N],
-            rows.embedding_NLE,
+            rows.conditioning,
             self._constants(rows.timestep_N, rows.unit_N),
             self.encoder if self.features is None else self._look_up(rows),
             norm=self.settings.norm,

@@ -44,7 +44,7 @@ def replay(chain: Chain, drawn: Trajectories, micro_batch_size: int) -> Tensor:
             chain.policy.unet,
             latents_GSCHW[sibling_N, step_N],
             step_N,
-            chain.policy.embed_all([PROMPT])[torch.zeros_like(sibling_N)],
+            chain.policy.condition([PROMPT])[torch.zeros_like(sibling_N)],
             next_state_NCHW=latents_GSCHW[sibling_N, step_N + 1],
         ).log_prob_N
     return result_GT
@@ -103,7 +103,7 @@ def test_every_step_is_driven_by_the_noise_of_its_own_key(tiny_model: str) -> No
                 chain.policy.unet,
                 states[step],
                 step_N,
-                chain.policy.embed_all([PROMPT] * len(SEEDS)),
+                chain.policy.condition([PROMPT] * len(SEEDS)),
                 next_state_NCHW=states[step + 1],
             )
         noise = (states[step + 1] - scored.mean_NCHW) / scored.sigma_N.view(-1, 1, 1, 1).float()

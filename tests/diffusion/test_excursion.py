@@ -374,7 +374,7 @@ def test_a_policys_clean_latents_are_predicted_at_the_states_it_sends(
     for index, timestep in enumerate(visited.timestep_M.tolist()):
         state, timestep_G = visited.states_GMCHW[:, index].float(), torch.full((3,), timestep)
         with torch.no_grad():
-            output = policy.predict(policy.unet, state, timestep_G, policy.embed_all([PROMPT] * 3), 1.0)
+            output = policy.predict(policy.unet, state, timestep_G, policy.condition([PROMPT] * 3), 1.0)
         at = constants.at(torch.full((3,), index))
         clean = predicted_noise_and_clean(state, output, at, policy.prediction_type)[1]
         assert torch.equal(clean, visited.x0hat_GMCHW[:, index])

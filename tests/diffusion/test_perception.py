@@ -13,6 +13,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from diffusion.conditioning import Conditioning
 from diffusion.kernels import noised, predicted_noise_and_clean
 from diffusion.perception import (
     Blocks,
@@ -53,12 +54,10 @@ class Problem:
     estimate: Tensor
     step_noise: Tensor
     constants: InputConstants
-    embedding: Tensor
+    told: Conditioning
 
     def target(self, encode: Encode, norm: Norm = "none") -> Target:
-        return perceptual_target(
-            self.state, self.noise, self.step_noise, self.embedding, self.constants, encode, norm=norm
-        )
+        return perceptual_target(self.state, self.noise, self.step_noise, self.told, self.constants, encode, norm=norm)
 
     def error(self, encode: Encode, norm: Norm = "none", estimate: Tensor | None = None) -> Tensor:
         """The errors of an estimate, by default the problem's own."""
@@ -79,19 +78,21 @@ class Problem:
         at = torch.tensor([index])
         constants = InputConstants(*(getattr(self.constants, f.name)[at] for f in dataclasses.fields(self.constants)))
         latents = (self.state, self.noise, self.estimate, self.step_noise)
-        return Problem(*(latent[at] for latent in latents), constants, self.embedding[at])
+        return Problem(*(latent[at] for latent in latents), constants, self.told[at])
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same numbers in another dtype; constants stay fp64."""
         latents = (self.state, self.noise, self.estimate, self.step_noise)
-        return Problem(*(latent.to(dtype) for latent in latents), self.constants, self.embedding.to(dtype))
+        return Problem(
+            *(latent.to(dtype) for latent in latents), self.constants, Conditioning(self.told.text_NLE.to(dtype))
+        )
 
 
 def make_problem(
     timesteps: Sequence[int],
     *,
     constants: InputConstants | None = None,
-    embedding: Tensor | None = None,
+    told: Conditioning | None = None,
     shape: tuple[int, int, int] = (4, 8, 8),
     seed: int = 0,
 ) -> Problem:
@@ -101,21 +102,21 @@ def make_problem(
     timestep = torch.tensor(timesteps)
     state = noised(x0, noise, noise_level(ALPHA_BAR, timestep))
     constants = constants or step_constants(ALPHA_BAR, timestep)
-    embedding = torch.zeros(len(timesteps), 1, 1) if embedding is None else embedding
-    return Problem(state, noise, noise + 0.3 * off, step_noise, constants, embedding)
+    told = told or Conditioning(torch.zeros(len(timesteps), 1, 1))
+    return Problem(state, noise, noise + 0.3 * off, step_noise, constants, told)
 
 
-def identity(state: Tensor, timestep: Tensor, embedding: Tensor) -> list[Tensor]:
+def identity(state: Tensor, timestep: Tensor, told: Conditioning) -> list[Tensor]:
     """The encoder that is none."""
     return [state]
 
 
 def linear(weight_VD: Tensor) -> Encode:
     """f(x) = W x."""
-    return lambda state, timestep, embedding: [state.flatten(1) @ weight_VD.to(state.dtype).T]
+    return lambda state, timestep, told: [state.flatten(1) @ weight_VD.to(state.dtype).T]
 
 
-def curved(state: Tensor, timestep: Tensor, embedding: Tensor) -> list[Tensor]:
+def curved(state: Tensor, timestep: Tensor, told: Conditioning) -> list[Tensor]:
     """A smooth encoder with two blocks of different sizes."""
     return [torch.tanh(state), torch.sin(3 * state[:, :1]) + timestep[:, None, None, None] / 1000]
 
@@ -174,7 +175,7 @@ def test_at_timestep_0_every_estimate_has_error_0_and_gradient_0(norm: Norm) -> 
 
 
 def test_a_dead_item_has_error_0_though_kernels_with_and_without_a_graph_round_differently() -> None:
-    def encode(state: Tensor, timestep: Tensor, embedding: Tensor) -> list[Tensor]:
+    def encode(state: Tensor, timestep: Tensor, told: Conditioning) -> list[Tensor]:
         return [state + 1e-6 * torch.is_grad_enabled()]
 
     assert (make_problem([0, 400]).error(encode, "k2") > 0).tolist() == [False, True]
@@ -310,7 +311,7 @@ def test_relative_errors_do_not_depend_on_the_features_scale() -> None:
 
 
 def test_features_without_energy_make_an_item_unusable_and_no_nan() -> None:
-    def encode(state: Tensor, timestep: Tensor, embedding: Tensor) -> list[Tensor]:
+    def encode(state: Tensor, timestep: Tensor, told: Conditioning) -> list[Tensor]:
         return [state, torch.where(timestep[:, None] == 299, 0.0, state.flatten(1))]
 
     problem = make_problem([300, 700])
@@ -377,21 +378,21 @@ def train_a_little(policy: Policy, seed: int = 1) -> None:
 
 def problem_of(policy: Policy, timesteps: Sequence[int] = (1, 200, 600, 999)) -> Problem:
     """Items of the policy's prompts, in its dtype."""
-    embedding = policy.embed_all(PROMPTS[: len(timesteps)])
-    return make_problem(timesteps, embedding=embedding).to(policy.dtype)
+    told = policy.condition(PROMPTS[: len(timesteps)])
+    return make_problem(timesteps, told=told).to(policy.dtype)
 
 
 def features(encode: Encode, problem: Problem) -> Tensor:
     """All features of the items' own states."""
     with torch.no_grad():
-        blocks = encode(problem.state, problem.constants.timestep_N, problem.embedding)
+        blocks = encode(problem.state, problem.constants.timestep_N, problem.told)
     return torch.cat([block.flatten(1) for block in blocks], dim=1)
 
 
 def predict(policy: Policy, problem: Problem) -> Tensor:
     """The network's estimate of the items' noise."""
     timestep = problem.constants.timestep_N + 1
-    return policy.unet(problem.state, timestep, encoder_hidden_states=problem.embedding).sample
+    return policy.unet(problem.state, timestep, encoder_hidden_states=problem.told.text_NLE).sample
 
 
 def frozen_base(policy: Policy, blocks: Blocks = "down") -> Encoder:
@@ -415,11 +416,11 @@ def test_features_are_the_hidden_states_of_a_full_pass_of_the_base(tiny_model: s
     policy = load(tiny_model, trainable)
     problem = problem_of(policy)
     with policy.reference(policy.unet) as base, torch.no_grad(), hooked([*base.down_blocks, base.mid_block]) as outputs:
-        base(problem.state, problem.constants.timestep_N, encoder_hidden_states=problem.embedding)
+        base(problem.state, problem.constants.timestep_N, encoder_hidden_states=problem.told.text_NLE)
     *down, middle = [output[0] if isinstance(output, tuple) else output for output in outputs]
     expected = {"down": down[-1:], "mid": [middle], "down_mid": [down[-1], middle], "multi": [*down, middle]}
     for blocks in BLOCKS:
-        own = frozen_base(policy, blocks)(problem.state, problem.constants.timestep_N, problem.embedding)
+        own = frozen_base(policy, blocks)(problem.state, problem.constants.timestep_N, problem.told)
         assert len(own) == len(expected[blocks])
         assert all(torch.equal(a, b) for a, b in zip(own, expected[blocks], strict=True))
 

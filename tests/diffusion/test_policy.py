@@ -12,13 +12,14 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from diffusion.conditioning import Conditioning
 from diffusion.policy import Policy
 from diffusion.weights import pack, unpack, weights_digest
 from protocol.errors import ModelError
 from protocol.recipe import Full, Lora, Sampler
 
 PROMPTS = ["a red seven", "a blue one"]
-Items = tuple[Tensor, Tensor, Tensor]
+Items = tuple[Tensor, Tensor, Conditioning]
 
 
 def load(source: str, trainable: Lora | Full | None = None, **settings: Any) -> Policy:
@@ -29,7 +30,7 @@ def load(source: str, trainable: Lora | Full | None = None, **settings: Any) -> 
 def items(policy: Policy) -> Items:
     """States, timesteps and embeddings of two items."""
     states = torch.randn(2, *policy.latent_shape_CHW, generator=torch.Generator().manual_seed(0))
-    return states, torch.tensor([10, 700]), policy.embed_all(PROMPTS)
+    return states, torch.tensor([10, 700]), policy.condition(PROMPTS)
 
 
 def train_a_little(policy: Policy) -> None:
@@ -56,7 +57,7 @@ def predict_reference(policy: Policy, guidance_scale: float = 1.0) -> Tensor:
 def output_of(unet: UNet2DConditionModel, at: Items) -> Tensor:
     """A plain U-Net's output."""
     states, timesteps, embeddings = at
-    return unet(states, timesteps, encoder_hidden_states=embeddings).sample
+    return unet(states, timesteps, encoder_hidden_states=embeddings.text_NLE).sample
 
 
 def gradients(policy: Policy, at: Items, guidance_scale: float) -> Tensor:
@@ -70,9 +71,11 @@ def gradients(policy: Policy, at: Items, guidance_scale: float) -> Tensor:
 def test_guidance_one_is_the_conditional_branch_and_zero_the_unconditional_one(tiny_model: str) -> None:
     policy = load(tiny_model)
     states, timesteps, embeddings = items(policy)
-    empty = policy.embed_all(["", ""])
+    empty = policy.condition(["", ""])
     assert torch.equal(predict(policy, 1.0), output_of(policy.unet, (states, timesteps, embeddings)))
-    both = output_of(policy.unet, (torch.cat([states] * 2), torch.cat([timesteps] * 2), torch.cat([empty, embeddings])))
+    both = output_of(
+        policy.unet, (torch.cat([states] * 2), torch.cat([timesteps] * 2), Conditioning.cat([empty, embeddings]))
+    )
     assert torch.equal(predict(policy, 0.0), both[:2])
 
 
@@ -80,7 +83,7 @@ def test_guidance_one_is_the_conditional_branch_and_zero_the_unconditional_one(t
 def test_guided_outputs_lie_on_the_line_through_both_branches(tiny_model: str, guidance_scale: float) -> None:
     policy = load(tiny_model)
     states, timesteps, embeddings = items(policy)
-    unconditional = output_of(policy.unet, (states, timesteps, policy.embed_all(["", ""])))
+    unconditional = output_of(policy.unet, (states, timesteps, policy.condition(["", ""])))
     conditional = output_of(policy.unet, (states, timesteps, embeddings))
     expected = (1 - guidance_scale) * unconditional + guidance_scale * conditional
     torch.testing.assert_close(predict(policy, guidance_scale), expected, rtol=1e-4, atol=1e-5)
@@ -92,7 +95,7 @@ def test_gradients_arrive_through_both_branches_with_their_factors(tiny_model: s
     train_a_little(policy)
     states, timesteps, embeddings = items(policy)
     conditional = gradients(policy, (states, timesteps, embeddings), 1.0)
-    unconditional = gradients(policy, (states, timesteps, policy.embed_all(["", ""])), 1.0)
+    unconditional = gradients(policy, (states, timesteps, policy.condition(["", ""])), 1.0)
     guided = gradients(policy, (states, timesteps, embeddings), guidance_scale)
     expected = guidance_scale * conditional + (1 - guidance_scale) * unconditional
     torch.testing.assert_close(guided, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
@@ -181,14 +184,14 @@ def test_only_the_trainable_part_takes_gradients(tiny_model: str) -> None:
     assert full.trainable_state().keys() == dict(full.unet.named_parameters()).keys()
     for policy in (lora, full):
         assert policy.vae is not None
-        for frozen in (policy.vae, policy.text_encoder):
+        for frozen in (policy.vae, *policy.family.networks):
             assert not any(p.requires_grad for p in frozen.parameters())
 
 
 def test_all_networks_are_in_eval_mode(tiny_model: str) -> None:
     policy = load(tiny_model)
     assert policy.vae is not None
-    for network in (policy.unet, policy.vae, policy.text_encoder):
+    for network in (policy.unet, policy.vae, *policy.family.networks):
         assert not any(module.training for module in network.modules())
 
 
@@ -208,10 +211,10 @@ def test_the_base_digest_is_the_base_models_whatever_is_trained(tiny_model: str)
 
 def test_a_prompts_embedding_does_not_depend_on_who_else_was_encoded(tiny_model: str) -> None:
     together, alone = load(tiny_model), load(tiny_model)
-    both = together.embed_all(["a far longer prompt than that", *PROMPTS, ""])
-    assert torch.equal(both[2], alone.embed(PROMPTS[1]))
-    assert torch.equal(both[3], alone.embed(""))
-    assert torch.equal(together.embed_all(PROMPTS[::-1]), both[[2, 1]])
+    both = together.condition(["a far longer prompt than that", *PROMPTS, ""]).text_NLE
+    assert torch.equal(both[2:3], alone.condition([PROMPTS[1]]).text_NLE)
+    assert torch.equal(both[3:], alone.condition([""]).text_NLE)
+    assert torch.equal(together.condition(PROMPTS[::-1]).text_NLE, both[[2, 1]])
 
 
 def test_embeddings_are_those_of_the_diffusers_pipeline(tiny_model: str) -> None:
@@ -220,7 +223,7 @@ def test_embeddings_are_those_of_the_diffusers_pipeline(tiny_model: str) -> None
     pipeline.set_progress_bar_config(disable=True)
     for prompt in (*PROMPTS, "", "a prompt that is longer than the text encoder's window of tokens"):
         theirs, _ = pipeline.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False)
-        assert torch.equal(policy.embed(prompt), theirs[0])
+        assert torch.equal(policy.condition([prompt]).text_NLE, theirs)
 
 
 def test_images_are_those_of_the_diffusers_pipeline(tiny_model: str) -> None:
@@ -309,7 +312,7 @@ def test_an_exported_full_unet_is_the_trained_one(tiny_model: str, tmp_path: Pat
 
 def test_half_precision_policy_and_reference_share_their_dtype(tiny_model: str) -> None:
     policy = load(tiny_model, dtype=torch.bfloat16)
-    dtypes = {p.dtype for p in (*policy.unet.parameters(), *policy.text_encoder.parameters())}
+    dtypes = {p.dtype for p in (*policy.unet.parameters(), *policy.family.networks[0].parameters())}
     assert dtypes == {torch.bfloat16}
     assert torch.equal(predict(policy), predict_reference(policy))
     assert predict(policy).dtype == torch.float32

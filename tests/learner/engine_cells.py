@@ -88,7 +88,7 @@ def make_losses(policy: Policy, denoiser: Callable[..., Tensor], step: int) -> l
         noise = torch.Generator().manual_seed(100 * step + number)
         state, target = torch.randn(2, 3, *policy.latent_shape_CHW, generator=noise)
         timestep = torch.randint(1000, (3,), generator=noise)
-        predicted = policy.predict(denoiser, state, timestep, policy.embed_all(["a red one"] * 3), 1.0)
+        predicted = policy.predict(denoiser, state, timestep, policy.condition(["a red one"] * 3), 1.0)
         return (predicted - target).square().mean() / NUM_BATCHES
 
     return [functools.partial(loss, number) for number in range(NUM_BATCHES)]

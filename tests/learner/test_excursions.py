@@ -220,7 +220,7 @@ def test_a_reward_for_easy_noise_lowers_the_selected_error_with_no_weight_change
         noise_GMCHW = np.repeat(group.array("noise_GCHW")[:, None], M, axis=1).astype(np.float32)
         states = torch.from_numpy(group.array("states_GMCHW").astype(np.float32)).flatten(0, 1)
         timestep = torch.from_numpy(group.array("state_timestep_M")).repeat(G)
-        embedding = bench.policy.embed(group.prompt).expand(G * M, -1, -1)
+        embedding = bench.policy.condition([group.prompt]).expand(G * M)
         with torch.no_grad():
             predicted = bench.policy.predict_noise(bench.policy.unet, states, timestep, embedding)
         error_GM = (predicted.numpy().reshape(noise_GMCHW.shape) - noise_GMCHW).reshape(G, M, -1)
@@ -274,7 +274,7 @@ def test_the_held_out_error_is_that_of_the_first_candidates_images_at_the_middle
     timestep = torch.tensor([250, 750])
     states = noised(x0, noise, noise_level(policy.alpha_bar, timestep))
     with torch.no_grad():
-        embedding = policy.embed_all([group.prompt for group in chosen])
+        embedding = policy.condition([group.prompt for group in chosen])
         predicted = policy.predict_noise(policy.unet, states, timestep, embedding)
     assert measured == pytest.approx((predicted - noise).square().mean().item(), rel=1e-3)
 

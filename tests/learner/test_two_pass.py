@@ -42,7 +42,7 @@ class Problem:
             denoiser or policy.unet,
             self.latents_PGSCHW[group_N, sibling_N, step_N],
             step_N,
-            policy.embed_all(PROMPTS)[group_N],
+            policy.condition(PROMPTS)[group_N],
             next_state_NCHW=self.latents_PGSCHW[group_N, sibling_N, step_N + 1],
         ).log_prob_N
 
