@@ -36,7 +36,7 @@ def set_up_ray_worker() -> None:
     """Runs in every Ray worker of a job before anything of ours is imported there."""
     path = [*sys.path]
     claim_packages()
-    # Ours are imported by now. Where they are installed beside others, a reward's own environment must stay before them.
+    # Ours are imported by now. A reward's own environment must stay before others that ours are installed beside.
     sys.path[:] = path
 
 
