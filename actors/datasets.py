@@ -1,4 +1,4 @@
-"""Datasets as rows and images. The only home of the `datasets` library, which reads all formats.
+"""Datasets as rows and images, and prompts of the hub. The only home of the `datasets` library, which reads them.
 
 Rows are read by number and keep the order of the files. What the library does of itself and would hurt here is off:
 decoding images (a broken one would end the pass), guessing splits from file names, listing folders (several metadata
@@ -30,7 +30,9 @@ import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from protocol.datasets import Columns, Dataset, Item, Location, Manifest, Reason, Skipped, locate
-from protocol.errors import RecipeError, TrainingError
+from protocol.errors import ModelError, RecipeError, TrainingError
+from protocol.prompt_files import pick_column, read_cells
+from protocol.prompt_sets import Hub
 
 datasets.disable_progress_bars()
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
@@ -90,6 +92,35 @@ def _load(location: Location, columns: Columns, split: str) -> Any:
     files = {"train": [glob.escape(file) for file in location.files]}
     features = _tar_features(columns) if location.format == "webdataset" else None
     return datasets.load_dataset(location.format, data_files=files, features=features, split="train")
+
+
+def read_column(hub: Hub) -> list[Any]:
+    """Returns the cells of a hub dataset's column of prompts, in its order: from a folder of its name in the working
+    directory, from the library's cache, or from the hub. Raises ModelError."""
+    try:
+        if hub.files:
+            paths = [_hub_file(hub.id, file) for file in hub.files]
+        else:
+            table = datasets.load_dataset(hub.id, hub.config, split=hub.split)
+    except Exception as error:  # the library and what it reads with raise many types
+        raise ModelError(
+            f"the prompt set {hub.id} cannot be fetched: {type(error).__name__}: {_first_line(error)}",
+            value=hub,
+            expected="a dataset of the Hugging Face hub, its configuration and split, and the hub within reach",
+            do=f"check its name; without a network here, run `{hub.download}` where there is one, and start from the "
+            "folder that then holds it",
+        ) from error
+    if hub.files:
+        return [cell for path in paths for cell in read_cells(path, hub.column)]
+    name = pick_column(hub.column, table.column_names, hub.id)
+    return list(table.select_columns([name])[name])
+
+
+def _hub_file(repository: str, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    local = Path(repository) / file
+    return local if local.is_file() else Path(hf_hub_download(repository, file, repo_type="dataset"))
 
 
 def _tar_features(columns: Columns) -> datasets.Features:

@@ -45,7 +45,8 @@ class RewardActor:
 
     def _ask(self, images: np.ndarray, prompt: str) -> np.ndarray:
         prompts = [prompt] * len(images)
-        scores = self._score(images, prompts)
+        # A copy, since what Ray hands out cannot be written to, and rewards may well do so.
+        scores = self._score(np.array(images), prompts)
         if inspect.iscoroutine(scores):
             # One loop for all calls: clients that a reward keeps belong to the loop that they were made in.
             self._runner = self._runner or asyncio.Runner()

@@ -66,6 +66,7 @@ class Sampled:
     made: Made
     weights_digest: str
     rollout_s: float
+    asked_at: float
     scores: PendingScores
 
 
@@ -89,11 +90,11 @@ class Rollout:
         if made.images is not None:
             num_states, is_check = made.num_states or 1, self._maker.is_check(ticket)
             scores = self._score(made.images, ticket.prompt, ticket.ticket_id, num_states, is_check)
-        return Sampled(ticket, made, digest, rollout_s, scores)
+        return Sampled(ticket, made, digest, rollout_s, time.monotonic(), scores)
 
     def complete(self, sampled: Sampled) -> Group:
-        """Waits for the scores and returns the group. Raises RewardError if they cannot be had."""
-        started = time.monotonic()
+        """Waits for the scores and returns the group, with the time since they were asked for. Raises RewardError where
+        there are none."""
         scores = sampled.scores.result()
         ticket = sampled.ticket
         return Group(
@@ -107,7 +108,7 @@ class Rollout:
             fingerprint=self._fingerprint,
             worker=self._worker,
             rollout_s=sampled.rollout_s,
-            reward_s=time.monotonic() - started,
+            reward_s=0.0 if sampled.made.images is None else time.monotonic() - sampled.asked_at,
             num_images=sampled.made.num_images,
             num_evaluations=sampled.made.num_evaluations,
             arrays=sampled.made.with_scores(scores),

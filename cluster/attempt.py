@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,15 @@ from cluster.launch import Endpoint
 from cluster.pulse import Pulse, Services
 from cluster.redis_server import RedisKeeper
 from cluster.run_dir import RunDir, follower_dir
+from cluster.scoring import explain
+from cluster.sources import held_out_prompts
 from learner.checkpoint import drop_newer, latest_checkpoint, newest_common
 from learner.company import Company, role_of
 from protocol.derived import image_size
 from protocol.errors import RedisError, SfumatoError, TrainingError
-from protocol.paths import model_source, read_prompts, spread
+from protocol.paths import model_source, spread
 from protocol.recipe import Recipe
+from protocol.roles import Reward
 from protocol.stream import Streams
 from protocol.tickets import TicketPlan
 
@@ -165,9 +170,30 @@ class Attempt:
         """Also tries every reward once: one that cannot score is refused before anything is sampled."""
         size = image_size(model_source(self._recipe.model.path)) or USUAL_IMAGE_SIZE
         prompts = self._plan.sources[0].prompts[:1]
-        probes = [actor.probe.remote(prompts, size) for pool in self._pools for actor in pool.actors]
-        for ref in [*probes, *refs]:
+        probes = {
+            actor.probe.remote(prompts, size): (pool.settings, actor) for pool in self._pools for actor in pool.actors
+        }
+        for ref in refs:
             self._first(ref)
+        for ref, (reward, actor) in probes.items():
+            self._try(reward, functools.partial(actor.probe.remote, prompts, size), ref, prompts)
+
+    def _try(self, reward: Reward, probe: Callable[[], Any], ref: Any, prompts: Sequence[str]) -> None:
+        """Waits until a reward actor has scored; tells of one that takes long, and of an optional one that fails."""
+        for attempt in range(1, reward.max_attempts + 1):
+            try:
+                for waited_s in count(step=10):
+                    if ray.wait([ref], timeout=10)[0]:
+                        break
+                    self._tell(f"starting the reward {reward.label}: {waited_s + 10} s")
+                ray.get(ref)
+                return
+            except RayError as error:
+                told = explain(reward, prompts[0] if prompts else "", error)
+                if attempt == reward.max_attempts and reward.required:
+                    raise told from error
+                ref = probe()
+        self._tell(f"the optional reward {reward.label} does not work yet: {told}")
 
     def _first(self, ref: Any) -> Any:
         """Waits for an answer during start-up, where any failure ends the run: it would only fail again."""
@@ -242,8 +268,9 @@ class Attempt:
         self._pulse.hear(said)
         rollouts = {f"rollout/{name}": name for name in self._crew.names}
         services = self._services.words()
-        for role, words in services.items():
-            self._streams.report_progress(role, **words)
+        with suppress(RedisError):  # For the metrics only.
+            for role, words in services.items():
+                self._streams.report_progress(role, **words)
         shown = {role: words for role, words in said.items() if role in {*self._ranks, *rollouts}}
         self._status.progress = {**shown, **services}
         self._status.queue = f"{depth.waiting} waiting, {depth.claimed} claimed"
@@ -267,11 +294,10 @@ class Attempt:
 
     def _draw_grid(self, round_: int) -> None:
         """Samples the same prompts and seeds before and after, for people to look at."""
-        held_out = self._recipe.prompts.held_out
         found = latest_checkpoint(self._run_dir.path)
         data = found.version_bytes(round_) if round_ and found else None
         wanted = self._recipe.evaluation.grid_prompts
-        prompts = spread(read_prompts(held_out) if held_out else self._plan.sources[0].prompts, wanted)
+        prompts = spread(held_out_prompts(self._recipe, self._run_dir.path) or self._plan.sources[0].prompts, wanted)
         self._tell("drawing samples")
         rows = self._first(self._crew.actors[0].draw_grid.remote(prompts, data))
         samples = self._run_dir.path / "samples"

@@ -21,11 +21,10 @@ DEBUG_HELP = "show tracebacks and the logs of all processes"
 
 
 def run_command_line(arguments: Sequence[str]) -> int:
-    """Runs one command. Returns the exit code: 0, 2 for an error that explains itself, 1 for any other."""
+    """Runs one command. Returns the exit code: 0, the command's own, 2 for an error that explains itself, or 1."""
     options = parse(arguments)
     try:
-        options.command(options)
-        return 0
+        return int(options.command(options) or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -63,7 +62,17 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sfumato {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_train, _add_scale, _add_evaluate, _add_sample, _add_digest, _add_verify, _add_rewards):
+    for add in (
+        _add_train,
+        _add_scale,
+        _add_evaluate,
+        _add_sample,
+        _add_export,
+        _add_digest,
+        _add_verify,
+        _add_rewards,
+        _add_doctor,
+    ):
         command = add(commands)
         command.add_argument("--debug", action="store_true", help=DEBUG_HELP)
     return parser
@@ -93,7 +102,9 @@ def _add_scale(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     command = commands.add_parser("evaluate", help="compare a run's newest weights with its base model")
     command.add_argument("run", metavar="RUN", type=Path, help="a run directory")
-    command.add_argument("--prompts", help="a prompt file; default: the recipe's held-out prompts")
+    command.add_argument(
+        "--prompts", help="a set of prompts, named as in a recipe; default: those that the run holds out"
+    )
     command.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
     command.set_defaults(command=_evaluate)
     return command
@@ -109,6 +120,24 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--num-steps", type=int, help="denoising steps; default: the recipe's, or 50")
     command.add_argument("--guidance-scale", type=float, help="guidance; default: the recipe's, or 1")
     command.set_defaults(command=_sample)
+    return command
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    command = commands.add_parser("export", help="write a run's weights for other tools, with a model card")
+    command.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder")
+    command.add_argument("--version", type=int, help="a version; default: that of the newest checkpoint")
+    command.add_argument(
+        "--form",
+        choices=("lora", "pipeline"),
+        help="the adapter alone (default of LoRA runs), or a whole pipeline with any adapter fused",
+    )
+    command.add_argument("--fuse", action="store_true", help="of a LoRA run: the same as --form pipeline")
+    command.add_argument(
+        "--evaluation", type=Path, metavar="JSON", help="what `evaluate --json` wrote; default: RUN/evaluation.json"
+    )
+    command.set_defaults(command=_export)
     return command
 
 
@@ -151,6 +180,18 @@ def _add_rewards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     check.set_defaults(command=_check_reward)
     for part in (rows, check):
         part.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=DEBUG_HELP)
+    return command
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    command = commands.add_parser("doctor", help="examine this machine, and how a model is sampled and scored")
+    command.add_argument(
+        "subject", metavar="MODEL_OR_RECIPE", nargs="?", help="a model folder or hub id, or a recipe; default: neither"
+    )
+    command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="where to examine it; default: as the recipe says")
+    command.set_defaults(command=_doctor)
     return command
 
 
@@ -235,6 +276,21 @@ def _sample(options: argparse.Namespace) -> None:
     print(options.out)
 
 
+def _export(options: argparse.Namespace) -> None:
+    from cluster.export import export_run
+
+    _print_numbers(
+        export_run(
+            options.run,
+            options.out,
+            version=options.version,
+            form=options.form,
+            fuse=options.fuse,
+            evaluation_file=options.evaluation,
+        )
+    )
+
+
 def _digest(options: argparse.Namespace) -> None:
     from cluster.digest import digest_of
 
@@ -285,3 +341,16 @@ def _check_reward(options: argparse.Namespace) -> None:
             debug=options.debug,
         )
     )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    folder = options.json and options.json.absolute().parent
+    if folder and not folder.is_dir():
+        raise RecipeError(f"the folder {folder} of --json does not exist", do="make it, or correct --json")
+    from cluster.doctor import diagnose, print_finding, write_json
+
+    diagnosis = diagnose(options.subject, options.overrides, options.device, print_finding)
+    if options.json:
+        write_json(diagnosis, options.json)
+    print(f"{diagnosis.count('ok')} ok, {diagnosis.count('warning')} warnings, {diagnosis.count('error')} errors")
+    return EXIT_OURS if diagnosis.count("error") else 0

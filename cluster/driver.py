@@ -52,9 +52,10 @@ class Driver:
             launch.connect_ray(self._recipe, debug=self._debug)
             stack.callback(ray.shutdown)
             launch.check_cluster(self._recipe)
-            environments = prepare(self._recipe.scored_rewards, self._tell, debug=self._debug)
             while True:
                 try:
+                    # Each time, for nodes that have joined meanwhile.
+                    environments = prepare(self._recipe.scored_rewards, self._tell, debug=self._debug)
                     attempt = Attempt(
                         self._recipe, self._run_dir, self._plan, url, environments, self._status, self._show
                     )

@@ -17,13 +17,14 @@ from rich.table import Table
 from actors.evaluator import Estimate, ScoreImages, estimate, score_prompts, win_rate
 from cluster.device import own_device
 from cluster.own_rewards import open_rewards
-from cluster.run_dir import read_recipe
+from cluster.run_dir import home_of, read_recipe
+from cluster.sources import held_out_prompts, read_prompt_set
 from diffusion.chain import Chain
 from diffusion.policy import Policy
 from diffusion.weights import unpack
 from learner.checkpoint import latest_checkpoint
 from protocol.errors import RecipeError, RunDirError
-from protocol.paths import read_prompts, spread
+from protocol.paths import spread
 from protocol.recipe import Recipe
 from protocol.scores import plain_total
 
@@ -51,14 +52,15 @@ class Evaluation:
     rewards: dict[str, Comparison]
 
 
-def evaluate_run(run_dir: Path, prompts_file: str | None) -> Evaluation:
-    """Draws and scores the same images with base and newest checkpointed weights."""
+def evaluate_run(run_dir: Path, prompts_name: str | None) -> Evaluation:
+    """Draws and scores the same images with base and newest checkpointed weights, on a set of prompts that is named as
+    in a recipe, or on those that the run holds out."""
     recipe = read_recipe(run_dir)
-    file = prompts_file or recipe.prompts.held_out
-    if file is None:
-        raise RecipeError("there are no prompts to evaluate on", do="give --prompts, or set prompts.held_out")
     settings = recipe.evaluation
-    prompts = spread(read_prompts(file), settings.max_prompts)
+    every = read_prompt_set(prompts_name) if prompts_name else held_out_prompts(recipe, home_of(run_dir))
+    if every is None:
+        raise RecipeError("there are no prompts to evaluate on", do="give --prompts, or hold some out")
+    prompts = spread(every, settings.max_prompts)
     found = latest_checkpoint(run_dir)
     if found is None:
         raise RunDirError(f"the run {run_dir} has no checkpoint yet", do="wait for it, or resume the run")
@@ -73,7 +75,7 @@ def evaluate_run(run_dir: Path, prompts_file: str | None) -> Evaluation:
     return Evaluation(
         str(run_dir),
         found.meta.round,
-        file,
+        prompts_name or recipe.prompts.held_out or f"{recipe.prompts.held_out_share:.1%} of {recipe.prompts.train}",
         len(prompts),
         settings.images_per_prompt,
         settings.seed,

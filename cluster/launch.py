@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.pulse import HEALTH
-from cluster.scoring import Answer, OutOfTimeError, RewardPool, Scorer
+from cluster.scoring import Answer, MakingWayError, OutOfTimeError, RewardPool, Scorer
 from cluster.weight_store import StoreClient, WeightStore
 from learner.company import Company
-from protocol.errors import RecipeError, RedisError
+from protocol.errors import RecipeError, RedisError, RewardError
 from protocol.recipe import Recipe
 from protocol.roles import Learner, Placement, Reward
 from protocol.scores import plain_total
@@ -31,6 +31,9 @@ from protocol.tickets import Ticket, TicketPlan
 
 ROLE_RESTARTS = 10
 """How often Ray restarts a weight store: it holds nothing that cannot be had again."""
+
+BUILD_TIMEOUT_S = 3600.0
+"""How long a reward may take to be built: its first time on a machine may download gigabytes."""
 
 MORE_ROLLOUTS = 16
 """How many rollout actors a laptop's run may be scaled up by."""
@@ -113,7 +116,10 @@ class RolloutProcess:
 
     def _reward_of(self, images: Any, prompt: str) -> Any:
         """Returns the weighted sum (N,) of scores as they are, or None where a reward gave none."""
-        parts = self._scorer(images, prompt, "grid").result()
+        try:
+            parts = self._scorer(images, prompt, "grid").result()
+        except RewardError:  # Pictures are to look at; where scoring fails for good, the run will say so.
+            return None
         rewards = self._recipe.rewards
         return plain_total(parts, rewards) if rewards and all(reward.label in parts for reward in rewards) else None
 
@@ -177,35 +183,37 @@ class RewardProcess:
         """Scores generated images, so that a reward that cannot work is refused before a run starts."""
         from rewards.contract import probe_images
 
-        actor = self._thread.submit(lambda: self._actor).result()
         for prompt in prompts:
-            self._thread.submit(actor.score, probe_images(2, size), prompt).result()
+            self.score(probe_images(2, size), prompt, 1)
 
     def score(self, images: Any, prompt: str, num_states: int) -> Answer:
-        """Returns (N,) fp32 scores. Raises OutOfTimeError, and then makes way for a new process."""
-        self._leave_if_hung()
-        actor = self._thread.submit(lambda: self._actor).result()
+        """Returns (N,) fp32 scores. Raises OutOfTimeError, and then makes way for a new process; what was waiting here
+        is told so."""
+        if self._is_hung:
+            raise MakingWayError
+        actor = self._in_time(lambda: self._actor, BUILD_TIMEOUT_S)
         started = time.monotonic()
-        scoring = self._thread.submit(actor.score, images, prompt, num_states)
-        wait([scoring], timeout=self._settings.timeout_s)
+        scores = self._in_time(lambda: actor.score(images, prompt, num_states), self._settings.timeout_s)
         self._busy_s += time.monotonic() - started
-        if not scoring.done():
-            self._is_hung = True
-            # Late enough for the error to arrive.
-            threading.Timer(1.0, os._exit, (1,)).start()
-            raise OutOfTimeError
         # A list, since arrays of another numpy than the driver's cross with warnings.
-        return Answer(scoring.result().tolist(), actor.is_pure)
+        return Answer(scores.tolist(), actor.is_pure)
 
     @ray.method(concurrency_group=HEALTH)
     def ping(self) -> dict[str, float]:
         """Answers also while a score is computed: how long it has been busy, of how long it has lived."""
-        self._leave_if_hung()
+        if self._is_hung:
+            raise MakingWayError
         return {"busy_s": self._busy_s, "alive_s": time.monotonic() - self._started_at}
 
-    def _leave_if_hung(self) -> None:
-        if self._is_hung:
-            os._exit(1)
+    def _in_time(self, work: Callable[[], Any], timeout_s: float) -> Any:
+        working = self._thread.submit(work)
+        wait([working], timeout=timeout_s)
+        if not working.done():
+            self._is_hung = True
+            # Late enough for errors to arrive.
+            threading.Timer(1.0, os._exit, (1,)).start()
+            raise OutOfTimeError
+        return working.result()
 
     @functools.cached_property
     def _actor(self) -> Any:

@@ -11,10 +11,9 @@ from ray.exceptions import RayError
 
 from actors.reward_actor import RewardActor
 from cluster import launch
-from cluster.attempt import own_error, start_error
 from cluster.device import own_device
 from cluster.environments import prepare
-from cluster.scoring import RewardPool
+from cluster.scoring import RewardPool, explain
 from protocol.recipe import Recipe
 from protocol.roles import Reward
 from rewards.contract import check_scores
@@ -33,11 +32,18 @@ def open_rewards(recipe: Recipe, rewards: Sequence[Reward]) -> Iterator[dict[str
             launch.connect_ray(recipe, debug=False)
             stack.callback(ray.shutdown)
         environments = prepare(isolated, print) if isolated else {}
-        pools = {reward.label: launch.start_pool(reward, environments) for reward in isolated}
+        pools = {reward.label: launch.start_pool(_alone(reward), environments) for reward in isolated}
         yield {
             reward.label: _of_pool(pools[reward.label]) if reward.label in pools else _of_this_process(reward, stack)
             for reward in rewards
         }
+
+
+def _alone(reward: Reward) -> Reward:
+    """One actor where this command runs, which may have no GPU and is no node of a special kind."""
+    has_gpu = ray.cluster_resources().get("GPU", 0.0) >= reward.num_gpus
+    gpus = reward.num_gpus if has_gpu else 0.0
+    return reward.model_copy(update={"replicas": 1, "resources": {}, "num_gpus": gpus})
 
 
 def _of_this_process(reward: Reward, stack: ExitStack) -> ScoreGroup:
@@ -51,7 +57,7 @@ def _of_pool(pool: RewardPool) -> ScoreGroup:
         try:
             answer = ray.get(pool.actors[0].score.remote(images, prompt, num_states))
         except RayError as error:
-            raise own_error(error) or start_error(error) from error
+            raise explain(pool.settings, prompt, error) from error
         return np.array(answer.scores, np.float32)
 
     return score

@@ -84,7 +84,7 @@ def list_rewards() -> dict[str, list[str]]:
     for name in builtin_names():
         said = declared(name)
         environment = environment_of(name, said.pins) if said.pins else None
-        needs = f"environment: {_describe(environment)}; downloads: {said.downloads or 'nothing'}"
+        needs = f"environment: {_describe(environment, said.environment)}; downloads: {said.downloads or 'nothing'}"
         rows[name] = [said.summary, needs]
     return rows
 
@@ -124,7 +124,11 @@ def check_reward(
     )
     python = str(environment.python) if environment else sys.executable
     found = _ask_child(python, trial)
-    return {"reward": said.summary or name, "environment": _describe(environment), **_summary(trial, found)}
+    return {
+        "reward": said.summary or name,
+        "environment": _describe(environment, said.environment),
+        **_summary(trial, found),
+    }
 
 
 def read_kwargs(texts: Sequence[str]) -> dict[str, Any]:
@@ -310,11 +314,12 @@ def _said(message: str) -> RewardError:
     return error
 
 
-def _describe(environment: Environment | None) -> str:
+def _describe(environment: Environment | None, expected: str) -> str:
     if environment is None:
         return "main"
     size = environment.size_bytes()
-    kept = "not installed yet" if size is None else f"{_size(size)} in {environment.folder}"
+    not_yet = f"about {expected}, not installed yet" if expected else "not installed yet"
+    kept = not_yet if size is None else f"{_size(size)} in {environment.folder}"
     return f"its own, {len(environment.pins)} pins: {kept}"
 
 

@@ -2,6 +2,7 @@
 
 recipe.yaml  run.json                   what the run is
 prompts.txt  data-*.jsonl               what its tickets start from (cluster/sources.py)
+held_out.txt  checks.txt                what is never trained on; what its firewall draws
 metrics.jsonl  ledger.jsonl             a line a round
 checkpoints/  samples/  export/         state, pictures, and weights for other tools
 learners/<name>/                        the same of each follower
@@ -62,6 +63,8 @@ class RunDir:
         self._lock = _lock(self.path)
         if not resume:
             _clear_false_start(self.path)
+        elif read_recipe(self.path).prompts.held_out != recipe.prompts.held_out:
+            (self.path / "held_out.txt").unlink(missing_ok=True)  # It is of the set that was named before.
         before = _read_run(self.path) if resume else None
         self.run_id: str = before["run_id"] if before else uuid.uuid4().hex[:12]
         self.attempt: int = before["attempt"] if before else -1
@@ -172,10 +175,11 @@ def _refuse_taken(path: Path) -> None:
 
 def _clear_false_start(path: Path) -> None:
     """Deletes what a run left that failed before its first round."""
-    for name in ("run.json", "recipe.yaml", "prompts.txt", "redis.log", *(file.name for file in path.glob("data-*"))):
-        (path / name).unlink(missing_ok=True)
-    shutil.rmtree(path / "samples", ignore_errors=True)
-    shutil.rmtree(path / "learners", ignore_errors=True)
+    names = ("run.json", "recipe.yaml", "prompts.txt", "held_out.txt", "checks.txt", "redis.log")
+    for file in (*(path / name for name in names), *path.glob("data-*")):
+        file.unlink(missing_ok=True)
+    for name in ("samples", "learners", "scores"):
+        shutil.rmtree(path / name, ignore_errors=True)
 
 
 def _refuse_other_recipe(path: Path, recipe: Recipe) -> None:

@@ -10,11 +10,12 @@ A required reward that failed is an error; an optional one gives no scores, and 
 
 from __future__ import annotations
 
+import os
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ POLL_S = 0.02
 PING_EVERY_S = 0.5
 RESTART_TIMEOUT_S = 600.0
 """How long a lost actor may take to come back: it loads its model again."""
+
+
+class MakingWayError(Exception):
+    """A process hangs in somebody else's question and is about to be replaced."""
 
 
 class OutOfTimeError(Exception):
@@ -62,6 +67,7 @@ class Question:
     prompt: str
     ticket_id: str
     num_states: int
+    turn: int
 
     @cached_property
     def key(self) -> str:
@@ -74,12 +80,14 @@ class Scorer:
 
     def __init__(self, pools: Sequence[RewardPool], run_dir: Path) -> None:
         self._pools, self._run_dir = pools, run_dir
+        # Scorers do not begin with the same actor, all of them.
+        self._turns = count(os.getpid())
 
     def __call__(
         self, images: np.ndarray, prompt: str, ticket_id: str, num_states: int = 1, is_check: bool = False
     ) -> PendingGroupScores:
         """Sends uint8 images (G M, H, W, 3) of one prompt to one actor of every pool; the held-out ones see checks."""
-        question = Question(images, ray.put(images), prompt, ticket_id, num_states)
+        question = Question(images, ray.put(images), prompt, ticket_id, num_states, next(self._turns))
         pools = [pool for pool in self._pools if is_check or not pool.held_out]
         return PendingGroupScores(
             [PendingPart(pool, question, ScoreLog(self._run_dir, pool.settings.label)) for pool in pools]
@@ -139,8 +147,8 @@ class PendingPart:
         return self._entry
 
     def _ask(self) -> None:
-        # By ticket, so that a pool's load is even whatever the order; a retry asks the next actor.
-        number = (zlib.crc32(self._question.ticket_id.encode()) + self._attempt) % len(self._pool.actors)
+        # In turn, so that a pool's load is even; a retry asks the next actor.
+        number = (self._question.turn + self._attempt) % len(self._pool.actors)
         question = self._question
         score = self._pool.actors[number].score
         self._ref, self._pings = score.remote(question.reference, question.prompt, question.num_states), []
@@ -156,10 +164,11 @@ class PendingPart:
         self._entry = self._log.write(self._question.key, entry) if must_stay else entry
 
     def _fail(self, error: Exception) -> None:
-        self._attempt += 1
-        self._error = _explain(self._settings, self._question.prompt, error)
+        was_asked = not isinstance(_cause(error), MakingWayError)
+        self._attempt += was_asked
+        self._error = explain(self._settings, self._question.prompt, error)
         if self._attempt < self._settings.max_attempts:
-            if isinstance(error, RayActorError) or isinstance(_cause(error), OutOfTimeError):
+            if isinstance(error, RayActorError) or isinstance(_cause(error), OutOfTimeError | MakingWayError):
                 self._lost_at = time.monotonic()
                 self._ping()
             else:
@@ -195,7 +204,8 @@ def _cause(error: Exception) -> Exception:
     return error.cause if isinstance(error, RayTaskError) else error
 
 
-def _explain(settings: Reward, prompt: str, error: Exception) -> SfumatoError:
+def explain(settings: Reward, prompt: str, error: Exception) -> SfumatoError:
+    """Returns what a failed call of a reward actor means to a person."""
     cause = _cause(error)
     if isinstance(cause, RewardError):
         return cause

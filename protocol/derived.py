@@ -24,7 +24,8 @@ from protocol.algorithms import (
 )
 from protocol.datasets import locate
 from protocol.errors import ModelError, RecipeError
-from protocol.paths import model_source, read_prompts
+from protocol.paths import model_source
+from protocol.prompt_sets import check_exists, make_lists
 from protocol.recipe import Recipe
 from protocol.requirements import is_sampled, warnings
 
@@ -108,12 +109,11 @@ def redis_bytes(recipe: Recipe, shape_CHW: tuple[int, int, int]) -> int:
 def check_before_start(recipe: Recipe) -> None:
     """Raises for what can be seen to fail without starting anything: model, prompts, sizes."""
     shape_CHW = latent_shape(model_source(recipe.model.path))
-    if recipe.prompts.train is not None:
-        read_prompts(recipe.prompts.train)
+    for name in (recipe.prompts.train, recipe.prompts.held_out):
+        if name is not None:
+            check_exists(name)
     for dataset in recipe.data:
         locate(dataset.path)
-    if recipe.prompts.held_out is not None:
-        read_prompts(recipe.prompts.held_out)
     if shape_CHW is None:
         return
     redis_bytes(recipe, shape_CHW)
@@ -132,7 +132,7 @@ def derived_numbers(recipe: Recipe) -> dict[str, str]:
     algorithm, batch, sampler, learner = recipe.algorithm, recipe.batch, recipe.sampler, recipe.learner
     num_steps = recipe.rounds * algorithm.num_steps_per_round
     numbers = {
-        "tickets start from": _sources(recipe),
+        **_sources(recipe),
         "groups a round": f"{batch.num_groups}, {batch.num_groups // learner.world_size} a rank",
         "optimizer steps": f"{num_steps} ({algorithm.num_steps_per_round} a round)",
     }
@@ -169,9 +169,18 @@ def _firewall(recipe: Recipe) -> dict[str, str]:
     return {"firewall": f"{names}, on {drawn}; a trip: {firewall.on_trip.replace('_', ' ')}"}
 
 
-def _sources(recipe: Recipe) -> str:
-    names = [f"{len(read_prompts(recipe.prompts.train))} prompts"] if recipe.prompts.train is not None else []
-    return ", ".join([*names, *(f"{dataset.kind} of {dataset.path}" for dataset in recipe.data)])
+def _sources(recipe: Recipe) -> dict[str, str]:
+    """Sets on the hub are not read here: a dry run needs no network."""
+    settings, lists = recipe.prompts, make_lists(recipe.prompts)
+    names = [f"{dataset.kind} of {dataset.path}" for dataset in recipe.data]
+    if settings.train is not None:
+        names.insert(0, f"prompts of {settings.train}" if lists.train is None else f"{len(lists.train)} prompts")
+    numbers = {"tickets start from": ", ".join(names)}
+    if lists.held_out is not None:
+        numbers["prompts held out"] = f"{len(lists.held_out)}{lists.shared}"
+    elif settings.held_out is not None or settings.held_out_share is not None:
+        numbers["prompts held out"] = settings.held_out or f"{settings.held_out_share:.1%} of them"
+    return {**numbers, **({"prompts dropped": lists.dropped} if lists.dropped else {})}
 
 
 def rollout_forwards(recipe: Recipe) -> int:

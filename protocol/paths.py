@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,24 +55,31 @@ def _looks_like_hub_id(path: str) -> bool:
 
 
 def read_prompts(path: str) -> list[str]:
-    """Returns the prompts of a file: one a line; empty lines and lines starting with # are skipped."""
+    """Returns the prompts of a text file: one a line; empty lines and lines starting with # are skipped."""
     file = find_file(path)
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ModelError(
-            f"the prompt file {file} is not text: {error.reason} at byte {error.start}",
-            expected="UTF-8 text, one prompt a line",
-            do="save the file as UTF-8",
-        ) from error
-    except OSError as error:
-        raise ModelError(
-            f"the prompt file {file} cannot be read: {error.strerror}", do="check its permissions"
-        ) from error
+    lines = [line.strip() for line in read_text(file).splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ModelError(f"the prompt file {file} has no prompts", expected="one prompt a line", do="add prompts to it")
     return prompts
+
+
+def read_text(file: Path) -> str:
+    """Returns a prompt file's text, unpacked if its name ends in .gz. Raises ModelError."""
+    try:
+        content = file.read_bytes()
+        return (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ModelError(
+            f"the prompt file {file} is not text: {error.reason} at byte {error.start}",
+            expected="UTF-8 text, one prompt a line, or a .jsonl, .json, .csv, .tsv or .parquet file",
+            do="save the file as UTF-8",
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ModelError(
+            f"the prompt file {file} cannot be read: {getattr(error, 'strerror', None) or error}",
+            do="check its permissions, and whether it is whole",
+        ) from error
 
 
 def spread(prompts: Sequence[str], at_most: int | None) -> list[str]:

@@ -15,10 +15,20 @@ from protocol import requirements
 from protocol.algorithms import Algorithm, Content, Iteration, SourceKind, Spin, SpinExact
 from protocol.datasets import Dataset
 from protocol.firewall import Firewall
+from protocol.prompt_sets import Prompts
 from protocol.roles import LAYOUT, Learner, Placement, Reward
 from protocol.section import PositiveFloat, PositiveInt, Section
 
-RESERVED_LABELS = ("mean", "std_within_group", "std_between_groups")
+RESERVED_LABELS = (
+    "mean",
+    "std_within_group",
+    "std_between_groups",
+    "version",
+    "trained",
+    "tripped",
+    "reason",
+    "missing",
+)
 """Names that stand beside the rewards' own in metrics."""
 
 
@@ -65,17 +75,6 @@ class Model(Section):
     """A folder in diffusers layout, a hub id, or `embedded` for the digits model in assets/."""
     trainable: Trainable = Lora()
     """LoRA adapters or the full U-Net."""
-
-
-class Prompts(Section):
-    """Prompt files: one prompt a line, UTF-8; empty lines and lines starting with # are skipped."""
-
-    train: str | None = None
-    """Prompts that tickets are made from; null where all come from `data`."""
-    weight: PositiveFloat = 1.0
-    """Share of tickets that start from a prompt, relative to the weights in `data`."""
-    held_out: str | None = None
-    """Prompts never trained on, for evaluation and sample grids."""
 
 
 class Batch(Section):
@@ -193,7 +192,7 @@ class Supervision(Section):
 
     start_timeout_s: PositiveFloat = 300.0
     """How long the processes of a run may take to start."""
-    stall_timeout_s: PositiveFloat = 900.0
+    stall_timeout_s: PositiveFloat = 1800.0
     """A learner rank or rollout actor without progress for this long is treated as dead."""
     answer_timeout_s: PositiveFloat = 60.0
     """A reward actor, weight store or embedded Redis that gives no answer for this long is started again."""
@@ -215,7 +214,7 @@ class Recipe(Section):
     model: Model = Model()
     """The base model."""
     prompts: Prompts = Prompts()
-    """Prompt files."""
+    """Prompt sets."""
     data: tuple[Dataset, ...] = ()
     """Datasets of real images, or of preference pairs. A ticket's source is drawn by the weights, its item by turns."""
     batch: Batch
@@ -252,7 +251,12 @@ class Recipe(Section):
             if label in RESERVED_LABELS:
                 raise ValueError(f"rewards: {label} is a name that metrics use themselves; rename the reward")
             if labels.count(label) > 1:
-                raise ValueError(f"rewards: two rewards are called {label}; metrics could not tell them apart")
+                raise ValueError(
+                    f"rewards: two rewards are called {label}; metrics could not tell them apart: give one another "
+                    "name by `called`"
+                )
+            if not label:
+                raise ValueError("rewards: a reward's name ends with a colon or a dot, and so names nothing")
         if self.rewards and all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: every weight is 0, so nothing is trained on")
         if self.rewards and not any(reward.required and reward.weight for reward in self.rewards):
@@ -341,22 +345,21 @@ class Recipe(Section):
         rounds, unless learning rates follow from it.
         """
         place = {"num_cpus", "resources"}
-        # One that only watches or stops changes no weights.
-        acts = self.firewall is not None and self.firewall.on_trip == "roll_back"
-        has_fixed_end = any(learner.decay == "linear" for learner in self.learners) or bool(self.iterations)
-        return self.model_dump(
+        of_rewards = {"__all__": {*place, "replicas", "timeout_s", "max_attempts"}}
+        # What to do about a trip is for a person to decide, also in the middle of a run.
+        decisions = dict.fromkeys(("on_trip", "margin", "max_roll_backs"), True)
+        identity = self.model_dump(
             mode="json",
             exclude={
-                "rounds": not has_fixed_end,
-                "rollouts": True,
-                "redis": True,
-                "checkpoints": True,
-                "evaluation": True,
-                "firewall": not acts,
-                "supervision": True,
+                **dict.fromkeys(("rollouts", "redis", "checkpoints", "evaluation", "supervision"), True),
                 "prompts": {"held_out"},
                 "learner": {*place, *LAYOUT, "num_parity_probes", "parity_tolerance"},
                 "rollout_worker": place,
-                "rewards": {"__all__": {*place, "replicas", "timeout_s", "max_attempts"}},
+                "rewards": of_rewards,
+                "firewall": {**decisions, "rewards": of_rewards},
             },
         )
+        if not any(learner.decay == "linear" for learner in self.learners) and not self.iterations:
+            del identity["rounds"]
+        # The firewall's checks have the evaluation's seeds.
+        return identity | ({"evaluation": {"seed": self.evaluation.seed}} if self.firewall else {})

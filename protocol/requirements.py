@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from protocol.algorithms import Cpo, NcpCpo, NcpDpo, NcpSft, SharpeningRlhf, SharpeningSft, Spin, SpinExact
+from protocol.algorithms import Cpo, Ddpo, NcpCpo, NcpDpo, NcpSft, SharpeningRlhf, SharpeningSft, Spin, SpinExact
 
 if TYPE_CHECKING:
     from protocol.algorithms import SourceKind
@@ -28,6 +28,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _perception(recipe)
     yield from _behaviour(recipe)
     yield from _firewall(recipe)
+    yield from _optional_rewards(recipe)
     for follower in recipe.followers:
         own = recipe.of_follower(follower.name)
         for problem in (*problems(own), *_follows(recipe, own)):
@@ -54,8 +55,28 @@ def _firewall(recipe: Recipe) -> Iterator[str]:
         yield "firewall: it has no prompts to draw; set prompts.held_out"
     if recipe.behaviour == "base":
         yield "behaviour: base, but the firewall looks at what the sampling weights draw, which would never change"
+    for reward in recipe.firewall.rewards:
+        if reward.weight != 1 or reward.normalise.how != "none":
+            yield f"firewall.rewards: {reward.label} has a weight or is normalised, but is never added to anything"
     if recipe.firewall.on_trip == "roll_back" and (recipe.followers or recipe.iterations):
         yield "firewall.on_trip: roll_back is for one learner without iterations; use warn or stop"
+
+
+def _optional_rewards(recipe: Recipe) -> Iterator[str]:
+    optional = [reward.label for reward in recipe.rewards if not reward.required]
+    if optional and isinstance(recipe.algorithm, Ddpo):
+        yield (
+            f"rewards: {', '.join(optional)} may be left out of a round, but ddpo keeps statistics over rounds, which "
+            "would then be of different sums; make all rewards required"
+        )
+    for reward in recipe.scored_rewards:
+        longest_s = reward.timeout_s * reward.max_attempts
+        if longest_s >= recipe.supervision.stall_timeout_s:
+            yield (
+                f"supervision.stall_timeout_s: {recipe.supervision.stall_timeout_s:g}, but the reward {reward.label} "
+                f"may take {reward.max_attempts} times {reward.timeout_s:g} s for one group, and would be taken for a "
+                f"standstill; raise it above {longest_s:g}"
+            )
 
 
 def _follows(recipe: Recipe, own: Recipe) -> Iterator[str]:
@@ -159,6 +180,8 @@ def warnings(recipe: Recipe) -> list[str]:
         found.append(f"algorithm.spin_lambda is {algorithm.spin_lambda}: below 1/2 iterations diverge")
     if isinstance(algorithm, SharpeningSft) and recipe.batch.group_size == 1:
         found.append("batch.group_size is 1: sharpening_sft is then plain regression, with nothing to select")
+    if recipe.firewall and recipe.firewall.every_rounds >= recipe.rounds:
+        found.append("firewall.every_rounds: only the first round is checked, so that nothing is ever compared")
     if recipe.iterations and any(
         recipe.learner.warmup_steps > iteration.rounds * algorithm.num_steps_per_round
         for iteration in recipe.iterations

@@ -52,6 +52,8 @@ class Reward(Placement):
 
     name: str
     """A built-in reward's name, `./file.py:Name`, or a dotted path `package.module:Name`."""
+    called: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,64}$")] | None = None
+    """Its name in metrics; null: the last part of `name`. Tells two of one kind apart."""
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """Factor in the weighted sum that is trained on; 0 only reports it."""
     kwargs: dict[str, Any] = Field(default={})
@@ -73,8 +75,8 @@ class Reward(Placement):
     @property
     def label(self) -> str:
         """The reward's name in metrics and group fields: a path's last part, in letters and digits."""
-        tail = self.name.rsplit(":", 1)[-1].rsplit(".", 1)[-1]
-        return "".join(letter if letter.isalnum() else "_" for letter in tail)
+        tail = self.called or self.name.rsplit(":", 1)[-1].rsplit(".", 1)[-1]
+        return "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in tail)
 
 
 LAYOUT = ("world_size", "zero_stage", "offload_optimizer")

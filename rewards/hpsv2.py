@@ -23,6 +23,7 @@ PINS = (
     "huggingface-hub==0.36.2",
     "timm==1.0.31",
 )
+ENVIRONMENT = "0.2 GB"
 DOWNLOADS = "2 GB: xswu/HPSv2 HPS_v2.1_compressed.pt (for version v2.0: HPS_v2_compressed.pt)"
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

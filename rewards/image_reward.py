@@ -25,6 +25,7 @@ PINS = (
     "clip-anytorch==2.6.0",
     "setuptools<81",
 )
+ENVIRONMENT = "0.2 GB"
 DOWNLOADS = "1.8 GB: THUDM/ImageReward ImageReward.pt med_config.json, and 1 MB: the tokenizer of bert-base-uncased"
 MAX_TOKENS = 35
 UNUSED = ("blip.vision_proj.", "blip.text_proj.")

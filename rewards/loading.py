@@ -42,13 +42,15 @@ class Declaration:
     """What a reward's file says of itself. The driver reads it, and `sfumato rewards list` shows it.
 
     A worked example: Declaration(("image-reward==1.5", "transformers==4.40.2"), "1.8 GB: THUDM/ImageReward",
-    "How people would rate an image.", None, "").
+    "0.2 GB", "How people would rate an image.", None, "").
     """
 
     pins: tuple[str, ...] = ()
     """Packages of an environment of its own; empty: it runs in the main one."""
     downloads: str = ""
     """What the reward fetches when it is first built, with its size; empty: nothing."""
+    environment: str = ""
+    """The size on disk of what the pins install; empty: not said."""
     summary: str = ""
     """The first line of the module's docstring."""
     image_size: int | None = None
@@ -80,6 +82,7 @@ def declared(spec: str) -> Declaration:
         raise RewardError(f"PINS in {file} are not all text", value=pins, expected="such as ('timm==1.0.31',)")
     return Declaration(
         pins=tuple(pins or ()),
+        environment=_literal(tree, "ENVIRONMENT", (str,), file, "text: the size of what PINS install") or "",
         downloads=_literal(tree, "DOWNLOADS", (str,), file, "text: the size and what") or "",
         summary=(ast.get_docstring(tree) or "").partition("\n")[0],
         image_size=_literal(tree, "IMAGE_SIZE", (int,), file, "pixels"),

@@ -16,6 +16,7 @@ import numpy as np
 from protocol.errors import RewardError
 
 PINS = ("rapidocr==3.10.0", "onnxruntime==1.32.0", "opencv-python-headless==5.0.0.93")
+ENVIRONMENT = "0.3 GB"
 EXAMPLE_PROMPT = 'a shop sign that says "Open late"'
 
 QUOTED = re.compile(r'"([^"]+)"|“([^“”]+)”')

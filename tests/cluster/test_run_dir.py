@@ -204,3 +204,48 @@ def test_a_run_that_failed_before_its_first_round_leaves_a_directory_for_another
     with pytest.raises(RunDirError, match="already holds a run"):
         RunDir(tmp_path / "run", recipe, resume=False)
     assert read_recipe(other.path).seed == 1
+
+
+WATCHED = {
+    "firewall": {"every_rounds": 1, "rewards": [{"name": "image_diversity"}], "on_trip": "roll_back"},
+    "rounds": 2,
+}
+
+
+@pytest.mark.parametrize("on_trip", ["warn", "roll_back", "stop"])
+def test_what_a_firewall_does_may_change_on_resume_and_what_it_looks_at_may_not(
+    tmp_path: Path, prompts: Path, on_trip: str
+) -> None:
+    firewall = WATCHED["firewall"] | {"on_trip": on_trip}
+    start(tmp_path / "run", make_recipe(prompts, firewall=firewall))
+    start(tmp_path / "run", make_recipe(prompts, firewall=firewall), resume=True)
+    decided = firewall | {"on_trip": "warn", "margin": 2.0, "max_roll_backs": 3}
+    start(tmp_path / "run", make_recipe(prompts, firewall=decided), resume=True)
+    pool = [{"name": "image_diversity", "replicas": 2, "timeout_s": 9.0}]
+    start(tmp_path / "run", make_recipe(prompts, firewall=firewall | {"rewards": pool}), resume=True)
+    others = [{"num_prompts": 3}, {"images_per_prompt": 2}, {"rewards": [{"name": "jpeg_incompressibility"}]}]
+    for change in others:
+        with pytest.raises(RunDirError, match=r"differs in firewall"):
+            start(tmp_path / "run", make_recipe(prompts, firewall=firewall | change), resume=True)
+    with pytest.raises(RunDirError, match=r"differs in evaluation.seed"):
+        start(tmp_path / "run", make_recipe(prompts, firewall=firewall, evaluation={"seed": 1}), resume=True)
+    with pytest.raises(RunDirError, match=r"differs in evaluation, firewall|differs in evaluation.seed, firewall"):
+        start(tmp_path / "run", make_recipe(prompts), resume=True)
+
+
+def test_more_rounds_may_be_asked_for_unless_rates_follow_from_their_number(tmp_path: Path, prompts: Path) -> None:
+    start(tmp_path / "run", make_recipe(prompts))
+    start(tmp_path / "run", make_recipe(prompts, rounds=9), resume=True)
+    linear = {"learner": {"decay": "linear"}}
+    start(tmp_path / "other", make_recipe(prompts, **linear))
+    start(tmp_path / "other", make_recipe(prompts, **linear), resume=True)
+    with pytest.raises(RunDirError, match="differs in rounds"):
+        start(tmp_path / "other", make_recipe(prompts, rounds=9, **linear), resume=True)
+
+
+def test_scores_of_a_false_start_are_not_read_by_the_next_run(tmp_path: Path, recipe: Recipe, prompts: Path) -> None:
+    failed = start(tmp_path / "run", recipe)
+    (failed.path / "scores" / "judge").mkdir(parents=True)
+    (failed.path / "scores" / "judge" / "000000-0000-aa.json").write_text("{}")
+    start(tmp_path / "run", make_recipe(prompts, seed=1))
+    assert not (failed.path / "scores").exists()

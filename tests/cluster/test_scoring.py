@@ -74,6 +74,10 @@ class Rank:
         means = images.mean(axis=(1, 2, 3))
         return [(means < mean).sum() for mean in means]
 
+def darkens(images, prompts):
+    images[:] = 0
+    return images.mean(axis=(1, 2, 3))
+
 def takes_half_a_second(images, prompts):
     time.sleep(0.5)
     return [1.0] * len(images)
@@ -139,6 +143,15 @@ def test_all_rewards_answer_by_their_labels(scorer: Any) -> None:
     assert all(array.dtype == np.float32 for array in scores.values())
 
 
+def test_a_reward_may_write_to_its_images(scorer: Any) -> None:
+    assert scorer(Reward(name="darkens"))(IMAGES, "p", "000000-0000").result()["darkens"].tolist() == [0.0] * 3
+
+
+def test_two_of_one_kind_are_told_apart_by_what_they_are_called(scorer: Any) -> None:
+    scores = scorer(Reward(name="brightness"), Reward(name="brightness", called="again"))(IMAGES, "p", "0").result()
+    assert scores.keys() == {"brightness", "again"}
+
+
 def test_a_pool_shares_the_tickets_out(scorer: Any) -> None:
     score = scorer(Reward(name="pid", replicas=2))
     pending = [score(IMAGES, "a red seven", f"000000-{index:04d}") for index in range(8)]
@@ -169,6 +182,16 @@ def test_waiting_for_a_free_actor_does_not_count_as_scoring(scorer: Any) -> None
     score = scorer(Reward(name="takes_half_a_second", timeout_s=1.5, max_attempts=1))
     pending = [score(IMAGES, "p", f"000000-{index:04d}") for index in range(6)]
     assert all(scores.result()["takes_half_a_second"].tolist() == [1.0] * 3 for scores in pending)
+
+
+def test_a_time_out_costs_those_that_wait_behind_it_no_attempt(scorer: Any, tmp_path: Path) -> None:
+    kwargs = {"mark": str(tmp_path / "mark")}
+    hangs = Reward(name="HangsOnce", kwargs=kwargs, timeout_s=1.0, max_attempts=1, required=False)
+    score = scorer(Reward(name="brightness"), hangs)
+    pending = [score(IMAGES, "p", f"000000-{index:04d}") for index in range(4)]
+    scores = [one.result() for one in pending]
+    answered = [each["HangsOnce"].tolist() for each in scores if "HangsOnce" in each]
+    assert answered == [[7.0] * 3] * 3, "all but the one that hung"
 
 
 FAILURES = [

@@ -119,8 +119,8 @@ class Driver:
         """Waits until a condition holds while the driver lives."""
         deadline = time.monotonic() + timeout_s
         while not condition():
-            assert self._process.poll() is None, f"the driver ended first:\n{self._output()}"
-            assert time.monotonic() < deadline, f"nothing happened:\n{self._output()}"
+            assert self._process.poll() is None, f"the driver ended first:\n{self.output()}"
+            assert time.monotonic() < deadline, f"nothing happened:\n{self.output()}"
             time.sleep(0.02)
 
     def rounds_done(self) -> int:
@@ -158,14 +158,19 @@ class Driver:
     def finish(self) -> Run:
         """Waits for the end."""
         code = self._process.wait(TIMEOUT_S)
-        assert code == 0, f"exit code {code}\n{self._output()}"
-        return Run(self.folder, self._output())
+        assert code == 0, f"exit code {code}\n{self.output()}"
+        return Run(self.folder, self.output())
+
+    def wait_for_failure(self) -> None:
+        """Waits until the driver has ended by itself, with an error of ours."""
+        assert self._process.wait(TIMEOUT_S) == 2, self.output()
+
+    def output(self) -> str:
+        """Returns all that it has said."""
+        return self._log.read_text()
 
     def _below(self) -> list[psutil.Process]:
         return psutil.Process(self._process.pid).children(recursive=True)
-
-    def _output(self) -> str:
-        return self._log.read_text()
 
 
 def _title(process: psutil.Process) -> str:

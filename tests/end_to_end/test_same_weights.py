@@ -96,6 +96,7 @@ def test_actors_that_come_and_go_while_it_runs_change_nothing(train: Callable[..
     assert run.digests.items() >= train(*UNBROKEN[1]).digests.items()
 
 
+@SLOW
 def test_a_process_that_lives_but_stands_still_is_replaced(train: Callable[..., Run], workshop: Path) -> None:
     bounds = ["supervision.stall_timeout_s=30", "supervision.answer_timeout_s=5", "redis.timeout_s=5"]
     settings = ["recipe.yaml", *UNBROKEN[1], *bounds, "rounds=8"]
@@ -158,7 +159,9 @@ def largest_gap(run: Run, reference: Run) -> float:
     return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
 
 
-@pytest.mark.parametrize("settings", [(TWO_RANKS,), (TWO_RANKS, "learner.zero_stage=3")], ids=" ".join)
+@pytest.mark.parametrize(
+    "settings", [(TWO_RANKS,), pytest.param((TWO_RANKS, "learner.zero_stage=3"), marks=SLOW)], ids=" ".join
+)
 def test_other_layouts_of_the_learner_end_with_close_weights(
     train: Callable[..., Run], settings: tuple[str, ...]
 ) -> None:

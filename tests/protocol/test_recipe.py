@@ -460,6 +460,9 @@ def test_what_weights_do_not_depend_on_is_no_part_of_a_recipes_identity(override
         "behaviour=base",
         "followers=[{name: other, algorithm: {name: sft}}]",
         "prompts.weight=2",
+        "prompts.column=title",
+        "prompts.max_prompts=9",
+        "prompts={train: assets/prompts_train.txt, held_out_share: 0.1}",
         "learner.decay=linear",
         "learner.warmup_steps=1",
         "learner.precision=bf16",
@@ -545,6 +548,7 @@ def test_derived_numbers_are_those_computed_by_hand(model_folder: Path) -> None:
     group_bytes = 8 * (11 * 256 * 4 + 10 * 8 + 2 * 4)
     assert derive(model_folder) == {
         "tickets start from": "2 prompts",
+        "prompts held out": "72",
         "groups a round": "24, 12 a rank",
         "optimizer steps": "48 (4 a round)",
         "images sampled a round, at most": "192 (24 groups of 8), 2304 in all",

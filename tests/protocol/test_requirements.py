@@ -301,3 +301,34 @@ def test_a_warm_up_that_outlasts_an_iteration_is_noted() -> None:
     (warning,) = warnings(recipe("spin", algorithm=steps, learner={"warmup_steps": 5}))
     assert "learner.warmup_steps outlasts an iteration" in warning
     assert warnings(recipe("sft", learner={"warmup_steps": 500})) == []
+
+
+FIREWALL = {"rewards": [{"name": "image_diversity"}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"firewall": FIREWALL, "prompts": {}, "data": [IMAGES], "algorithm": {"name": "sft"}, "rewards": []},
+            "rewards",
+        ),
+        ({"firewall": FIREWALL, "behaviour": "base", "algorithm": {"name": "dpo", "beta_full": 1}}, "behaviour: base"),
+        ({"firewall": {"rewards": [{"name": "image_diversity", "weight": 2}]}}, "has a weight or is normalised"),
+        ({"rewards": [*REWARDS, {"name": "ocr", "required": False}], "algorithm": {"name": "ddpo"}}, "ocr may be left"),
+        ({"rewards": [{"name": "ocr", "timeout_s": 600}]}, "stall_timeout_s.*ocr may take 3 times 600 s"),
+        ({"rewards": [{"name": "ocr", "required": False}]}, "all that count are optional"),
+        ({"rewards": [{"name": "ocr"}, {"name": "ocr"}]}, "two rewards are called ocr.*`called`"),
+        ({"firewall": {"rewards": [{"name": "x.py:trained"}]}}, "trained is a name that metrics use"),
+        ({"rewards": [{"name": "./x.py:"}]}, "names nothing"),
+    ],
+)
+def test_rewards_that_could_not_do_their_part_are_refused(changes: dict[str, Any], told: str) -> None:
+    whole = document("prdp", prompts=PROMPTS) | changes
+    with pytest.raises(RecipeError, match=told):
+        parse_recipe(whole, source="test")
+
+
+def test_a_firewall_that_compares_nothing_is_noted() -> None:
+    recipe = parse_recipe(document("prdp", prompts=PROMPTS, firewall={**FIREWALL, "every_rounds": 3}), source="test")
+    assert any("nothing is ever compared" in note for note in warnings(recipe))

@@ -13,6 +13,7 @@ import yaml
 
 from protocol.errors import RewardError
 from protocol.paths import ROOT
+from protocol.recipe import Recipe
 from protocol.roles import Reward
 from rewards.contract import probe_images
 from rewards.judge_client import Endpoint
@@ -68,8 +69,12 @@ def test_the_command_that_tries_the_example_works_as_written(desk: Path) -> None
 
 def test_every_recipe_in_the_guide_parses_and_names_rewards_that_exist(desk: Path) -> None:
     for block in blocks("yaml"):
-        for entry in yaml.safe_load(block)["rewards"]:
-            reward = Reward.model_validate(entry)
+        said = yaml.safe_load(block)
+        rest = {"rewards": [{"name": "jpeg_compressibility", "called": "other"}], "prompts": {"train": "p.txt"}}
+        algorithm = {"name": "prdp", "kl_weight": 1e-2, "clip_eps": 1e-2}
+        batch = {"num_groups": 1, "group_size": 2}
+        recipe = Recipe.model_validate({"rounds": 9, "algorithm": algorithm, "batch": batch, **rest, **said})
+        for reward in recipe.scored_rewards:
             check_exists(reward.name)
             if "base_url" in reward.kwargs:
                 Endpoint(**{**reward.kwargs, "api_key_env": ""})
