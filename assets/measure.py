@@ -18,6 +18,7 @@ from assets.digits import ASSETS, Variation, load_strokes, random_scene, to_uint
 from assets.make_base import BASE
 from assets.make_classifier import HOW, accuracy
 from diffusion.chain import Chain
+from diffusion.families.stable_diffusion import StableDiffusion
 from diffusion.policy import Policy
 from protocol.recipe import Full, Sampler
 from rewards.digit_alignment import CLASSIFIER_PATH, DigitAlignment, load_classifier
@@ -91,11 +92,13 @@ def measure_autoencoder(policy: Policy, judge: DigitAlignment, num_images: int =
 
 def measure_sizes(policy: Policy) -> dict[str, object]:
     """Returns numbers of parameters and sizes in bytes."""
-    networks = {"unet": policy.unet, "vae": policy.vae, "text_encoder": policy.family.networks[0]}
+    family = policy.family
+    assert isinstance(family, StableDiffusion)
+    networks = {"unet": policy.unet, "vae": policy.vae, "text_encoder": family.text_encoder}
     networks["classifier"] = load_classifier(CLASSIFIER_PATH)
     return {
         "num_parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
-        "vocabulary": len(policy.family.tokenizer),
+        "vocabulary": len(family.tokenizer),
         "size_bytes": {
             "digits-base": _size_bytes(BASE.rglob("*")),
             "digit-classifier.safetensors": _size_bytes([CLASSIFIER_PATH]),
