@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,16 @@ class Scribe:
             busy=self._busy(),
         )
         ledger = ledger_row(done.number, receipts, done.digest, total, self._engine.world_size, done.left_out)
-        self._journal.write(metrics | dict(done.looked), ledger)
+        self._journal.write(metrics | self._iteration(done) | dict(done.looked), ledger)
+
+    def _iteration(self, done: Round) -> dict[str, int]:
+        """In self-play: the iteration, from 0, and the steps that it has had."""
+        starts = accumulate((iteration.rounds for iteration in self._recipe.iterations), initial=0)
+        begun = [start for start in starts if start <= done.number][: len(self._recipe.iterations)]
+        if not begun:
+            return {}
+        num_steps = (done.number + 1 - begun[-1]) * self._recipe.algorithm.num_steps_per_round
+        return {"spin/iteration": len(begun) - 1, "spin/step_in_iteration": num_steps}
 
     def _times(self, receipts: list[Receipt], done: Round) -> dict[str, float]:
         """rollout_s and reward_s add up over the round's groups, whoever made them."""

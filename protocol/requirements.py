@@ -84,6 +84,8 @@ def _follows(recipe: Recipe, own: Recipe) -> Iterator[str]:
     algorithm, first = own.algorithm, recipe.algorithm
     if algorithm.max_lag is not None and "excursions" not in (algorithm.content, first.content):
         yield f"{algorithm.name} is on-policy, but its groups are sampled with the first learner's weights"
+    if isinstance(algorithm, SharpeningSft | SharpeningRlhf) and algorithm.backprop_through_steps:
+        yield "algorithm.backprop_through_steps: what another learner's weights have visited cannot be visited again"
     if isinstance(algorithm, Spin | SpinExact):
         yield f"{algorithm.name} needs its own opponent's images, but the first learner's weights sample its groups"
     if "excursions" in (algorithm.content, first.content):

@@ -218,6 +218,10 @@ def test_every_round_is_made_with_the_version_that_the_plan_names(trained: Train
         run.recipe.algorithm.name, [max(0, u - run.recipe.lag) for u in range(ROUNDS)]
     )
     assert [row["version"] for row in ledger] == expected
+    if run.recipe.iterations:
+        per_round = run.recipe.algorithm.num_steps_per_round
+        told = [(row["spin/iteration"], row["spin/step_in_iteration"]) for row in run.lines("metrics.jsonl")]
+        assert told == [(0, per_round), (0, 2 * per_round), (1, per_round)]
     assert [row["digest"] for row in ledger] == [digests[version] for version in expected]
     assert {(group.version, group.weights_digest) for group in run.groups} == {(v, digests[v]) for v in expected}
     assert Counter(group.round for group in run.groups) == dict.fromkeys(range(ROUNDS), P)

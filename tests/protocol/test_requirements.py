@@ -254,6 +254,13 @@ def test_followers_have_names_of_their_own() -> None:
     assert refusal(in_company("prdp", "sft", "dpo", "sft")) == "followers: two have one name: dpo, sft, sft."
 
 
+def test_a_follower_cannot_go_back_to_states_that_others_have_visited() -> None:
+    through = {"name": "sharpening_sft", "excursion": {**FRESH, "eta": 0.0}, "backprop_through_steps": True}
+    first = document("sharpening_sft", prompts=PROMPTS, algorithm={"excursion": through["excursion"]})
+    told = refusal({**first, "followers": [{"name": "other", "algorithm": through}]})
+    assert "what another learner's weights have visited cannot be visited again" in told
+
+
 def test_learners_that_resume_together_keep_two_checkpoints() -> None:
     told = refusal(in_company("prdp", "dpo", checkpoints={"keep_last": 1}))
     assert told.startswith("checkpoints.keep_last: 1, but learners that resume together need 2")
