@@ -96,7 +96,11 @@ class Attempt:
         self._streams.open()
         try:
             training = self._start()
-            self._watch(training, redis)
+            try:
+                self._watch(training, redis)
+            except KeyboardInterrupt:
+                self._stop_learners(training, "asked to stop")
+                raise
             self._tell("finishing")
             self._crew.stop()
             self._draw_grid(self._recipe.rounds)
@@ -235,7 +239,7 @@ class Attempt:
         if lost is None:
             return
         if ours := own_error(lost):
-            self._stop_learners(training, ours)
+            self._stop_learners(training, str(ours).splitlines()[0])
             raise ours from lost
         has_delivered = self._status.progress.get(f"rollout/{name}", {}).get("groups", 0) > 0
         self._num_lost[name] = 1 if has_delivered else self._num_lost[name] + 1
@@ -250,9 +254,9 @@ class Attempt:
             self._streams.report_progress(f"rollout/{name}", groups=0, busy_s=0.0, alive_s=0.0, ticket=None)
         self._crew.replace(name)
 
-    def _stop_learners(self, training: list[Any], error: SfumatoError) -> None:
-        """Lets the learners save what they have learnt, before a run ends that cannot go on."""
-        self._tell(f"saving a checkpoint before stopping: {str(error).splitlines()[0]}")
+    def _stop_learners(self, training: list[Any], reason: str) -> None:
+        """Lets the learners save what they have learnt, before a run ends that cannot or is not to go on."""
+        self._tell(f"saving a checkpoint before stopping: {reason}")
         with suppress(RedisError):  # Then the newest checkpoint must do.
             self._streams.ask_to_stop()
             ray.wait(training, num_returns=len(training), timeout=self._recipe.supervision.stall_timeout_s)

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.signals import TERMINATED, interrupt_on_sigterm
 from protocol import __version__
 from protocol.errors import RecipeError, SfumatoError
 
 if TYPE_CHECKING:
     from protocol.recipe import Recipe
 
-EXIT_OURS, EXIT_UNEXPECTED, EXIT_INTERRUPTED = 2, 1, 130
+EXIT_OURS, EXIT_UNEXPECTED, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 1, 130, 143
 DEBUG_HELP = "show tracebacks and the logs of all processes"
 
 
@@ -27,7 +28,7 @@ def run_command_line(arguments: Sequence[str]) -> int:
         return int(options.command(options) or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_TERMINATED if TERMINATED.is_set() else EXIT_INTERRUPTED
     except SfumatoError as error:
         return _tell(error, f"error: {error}", EXIT_OURS, options)
     except Exception as error:
@@ -235,8 +236,12 @@ def _start(recipe: Recipe, options: argparse.Namespace) -> None:
         print(f"run directory: {run_dir.path}", flush=True)
         if run_dir.notice:
             print(f"note: {run_dir.notice}", flush=True)
+        interrupt_on_sigterm()
         with display(recipe, run_dir.path) as show:
             Driver(recipe, run_dir, show, debug=options.debug).run()
+    except KeyboardInterrupt:
+        print(f"stopped; what was learnt is kept: go on with --resume --run-dir {run_dir.path}", file=sys.stderr)
+        raise
     finally:
         run_dir.release()
     print(f"done: {run_dir.path}")

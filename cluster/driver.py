@@ -26,6 +26,7 @@ from cluster.attempt import Attempt, LearnerLostError, Show, Status
 from cluster.environments import prepare
 from cluster.redis_server import ForeignRedis, RedisKeeper, RedisServer
 from cluster.run_dir import RunDir
+from cluster.signals import interrupt_on_sigterm
 from cluster.sources import prepare_sources, read_plan
 from learner.checkpoint import latest_checkpoint
 from protocol.derived import MIN_REDIS_BYTES, in_flight_bytes, latent_shape, redis_bytes
@@ -50,6 +51,7 @@ class Driver:
         with ExitStack() as stack:
             url, redis = self._redis(stack)
             launch.connect_ray(self._recipe, debug=self._debug)
+            interrupt_on_sigterm()
             stack.callback(ray.shutdown)
             launch.check_cluster(self._recipe)
             while True:

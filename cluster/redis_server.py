@@ -274,7 +274,13 @@ def _become_server(binary: Path, config: str, log: Path) -> subprocess.Popen[byt
     command = [sys.executable, "-I", "-S", "-c", _BECOME_SERVER, str(os.getpid()), str(binary)]
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, cwd=log.parent
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=log.parent,
+            # A terminal's Ctrl-C is for the driver, which still has to speak with the learners.
+            start_new_session=True,
         )
     assert process.stdin is not None
     # A child that ends before it reads is reported with its log, by whoever waits for its answer.

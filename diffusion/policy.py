@@ -242,6 +242,10 @@ class Policy:
         finally:
             self._switch_adapters(before)
 
+    def forget_activations(self) -> None:
+        """Makes backward passes compute again what is inside the U-Net's blocks, instead of keeping it."""
+        self.unet.enable_gradient_checkpointing()
+
     def keep_reference(self) -> None:
         """Full fine-tuning: keeps a frozen copy of the weights as they are now. LoRA needs none."""
         if isinstance(self.trainable, Full):

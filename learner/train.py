@@ -64,6 +64,8 @@ class LearnerRank:
         self._streams, self._store, self._device = streams, store, device
         self._policy = Policy.from_recipe(recipe, device, with_decoder=False)
         self._policy.keep_reference()
+        if recipe.learner.gradient_checkpointing:
+            self._policy.forget_activations()
         self._engine = Engine(self._policy.unet, recipe.learner, device)
         self._chain = Chain(self._policy, recipe.sampler)
         after_pass = functools.partial(self._report_progress, "learning")

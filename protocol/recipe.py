@@ -353,7 +353,7 @@ class Recipe(Section):
             exclude={
                 **dict.fromkeys(("rollouts", "redis", "checkpoints", "evaluation", "supervision"), True),
                 "prompts": {"held_out"},
-                "learner": {*place, *LAYOUT, "num_parity_probes", "parity_tolerance"},
+                "learner": {*place, *LAYOUT, "num_parity_probes", "parity_tolerance", "gradient_checkpointing"},
                 "rollout_worker": place,
                 "rewards": of_rewards,
                 "firewall": {**decisions, "rewards": of_rewards},

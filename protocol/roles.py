@@ -94,6 +94,9 @@ class Learner(Placement):
     """Keep AdamW's masters and moments in the CPU's memory and step there; needs zero_stage 1 or more."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute dtype of policy, reference and rollouts; master weights and gradient sums are fp32 always."""
+    gradient_checkpointing: bool = False
+    """Forget activations inside the U-Net's blocks and compute them again in the backward pass: less memory, about a
+    third more time, the same weights."""
     micro_batch_size: PositiveInt = 64
     """(trajectory, step) items in one forward and backward pass; bounds activation memory."""
     learning_rate: PositiveFloat = 1e-4

@@ -161,9 +161,13 @@ class Driver:
         assert code == 0, f"exit code {code}\n{self.output()}"
         return Run(self.folder, self.output())
 
-    def wait_for_failure(self) -> None:
-        """Waits until the driver has ended by itself, with an error of ours."""
-        assert self._process.wait(TIMEOUT_S) == 2, self.output()
+    def wait_for_failure(self, code: int = 2) -> None:
+        """Waits until the driver has ended by itself, with an error of ours or another exit code."""
+        assert self._process.wait(TIMEOUT_S) == code, self.output()
+
+    def ask_to_end(self, number: int) -> None:
+        """Sends the driver a signal."""
+        self._process.send_signal(number)
 
     def output(self) -> str:
         """Returns all that it has said."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from cluster.grids import CAPTION_PX, CELL_PX, GAP_PX
 from cluster.run_dir import read_recipe
 from diffusion.policy import Policy
 from diffusion.weights import unpack, weights_digest
-from learner.checkpoint import checkpoints_in
+from learner.checkpoint import checkpoints_in, latest_checkpoint
 from protocol.recipe_file import dump_recipe, load_recipe
 from tests.end_to_end.conftest import RECIPE
-from tests.end_to_end.runs import Run, sfumato
+from tests.end_to_end.runs import Driver, Run, finished, sfumato
 
 METRICS = {
     *("round", "step", "version", "reward/mean", "reward/jpeg_compressibility", "loss", "kl", "grad_norm"),
@@ -181,3 +182,26 @@ def test_samples_of_a_run_and_of_a_model_are_pictures(run: Run, workshop: Path, 
     assert done.stdout.strip() == str(out)
     with Image.open(out) as picture:
         assert (picture.format, picture.size) == ("PNG", (48, 16))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_a_run_that_is_asked_to_end_saves_what_it_has_learnt(
+    workshop: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    arguments = ("recipe.yaml", "rounds=60", "checkpoints.every_rounds=100", "lag=1", "learner.world_size=2")
+    with Driver(tmp_path / "run", arguments, cwd=workshop) as driver:
+        driver.wait_for(lambda: driver.rounds_done() >= 2)
+        driver.ask_to_end(number)
+        driver.wait_for_failure(code)
+        assert "Traceback" not in driver.output()
+        assert f"go on with --resume --run-dir {tmp_path / 'run'}" in driver.output()
+    stopped = Run(tmp_path / "run")
+    found = latest_checkpoint(tmp_path / "run")
+    assert found is not None
+    assert found.meta.round == len(stopped.metrics) < 60
+    digests, rounds = stopped.digests, f"rounds={found.meta.round + 1}"
+    process = sfumato("train", *arguments, rounds, "--run-dir", tmp_path / "run", "--resume", cwd=workshop)
+    resumed = finished(process, tmp_path / "run").digests
+    assert {version: resumed[version] for version in digests} == digests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections import Counter
@@ -20,6 +21,7 @@ from cluster.redis_server import RedisServer
 from diffusion.weights import unpack, weights_digest
 from learner.algorithms.selection import make_pairs
 from learner.checkpoint import checkpoints_in, latest_checkpoint
+from learner.engine import Engine
 from learner.train import LearnerRank
 from protocol.errors import TrainingError
 from protocol.groups import Group
@@ -420,6 +422,49 @@ def test_a_window_that_was_left_costs_no_backward_pass(trained: Trained) -> None
         assert left > 0
         entries = P * G * NUM_SCORED
         assert row["cost/unet_backward"] >= entries + (1 - left) * entries
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # What DeepSpeed imports for sharding alone.
+def test_activations_that_are_computed_again_give_the_same_weights(desk: Desk, stage: int) -> None:
+    learner = {"learning_rate": 1e-3, "micro_batch_size": 8, "zero_stage": stage}
+    runs = [
+        desk.run(f"checkpointing-{stage}-{on}", CASES["prdp"], learner={**learner, "gradient_checkpointing": on})
+        for on in (False, True)
+    ]
+    saved = [peak_of_saved_tensors(run) for run in runs]
+    assert weights_digest(weights_of(runs[0])) == weights_digest(weights_of(runs[1]))
+    assert saved[1] < 0.6 * saved[0]
+
+
+def peak_of_saved_tensors(run: Run) -> int:
+    """Trains a run; returns the most bytes that one graph's first pass has kept for its backward pass."""
+    most, kept = 0, 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    backward = Engine.apply
+
+    def spied(engine: Engine, losses: Any) -> float:
+        nonlocal most, kept
+
+        def forward(loss: Callable[[], Tensor]) -> Tensor:
+            nonlocal most, kept
+            kept = 0
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                value = loss()
+            most = max(most, kept)
+            return value
+
+        return backward(engine, [functools.partial(forward, loss) for loss in losses])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "apply", spied)
+        run.train()
+    return most
 
 
 # --- nothing to learn from ------------------------------------------------------------------------------
