@@ -134,7 +134,6 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         choices=("lora", "pipeline"),
         help="the adapter alone (default of LoRA runs), or a whole pipeline with any adapter fused",
     )
-    command.add_argument("--fuse", action="store_true", help="of a LoRA run: the same as --form pipeline")
     command.add_argument(
         "--evaluation", type=Path, metavar="JSON", help="what `evaluate --json` wrote; default: RUN/evaluation.json"
     )
@@ -290,7 +289,6 @@ def _export(options: argparse.Namespace) -> None:
             options.out,
             version=options.version,
             form=options.form,
-            fuse=options.fuse,
             evaluation_file=options.evaluation,
         )
     )

@@ -46,13 +46,12 @@ def export_run(
     *,
     version: int | None = None,
     form: Form | None = None,
-    fuse: bool = False,
     evaluation_file: Path | None = None,
 ) -> dict[str, str]:
     """Writes a version, by default the newest in a checkpoint, to a new folder. Returns what was written, in reading
     order. Raises RecipeError, RunDirError or ModelError, and leaves no part of an export behind then."""
     recipe = read_recipe(run_dir)
-    form = _form(recipe, form, fuse)
+    form = _form(recipe, form)
     _refuse_taken(out, run_dir)
     found, version = find_version(run_dir, version)
     evaluation = _evaluation(run_dir, version, evaluation_file)
@@ -102,18 +101,16 @@ def find_version(run_dir: Path, version: int | None) -> tuple[Checkpoint, int]:
     return holders[wanted], wanted
 
 
-def _form(recipe: Recipe, form: Form | None, fuse: bool) -> Form:
+def _form(recipe: Recipe, form: Form | None) -> Form:
     if isinstance(recipe.model.trainable, Full):
-        if form == "lora" or fuse:
+        if form == "lora":
             raise RecipeError(
-                "this run trains the whole U-Net, so there is no adapter to export or fuse",
-                value="--fuse" if fuse else "--form lora",
+                "this run trains the whole U-Net, so there is no adapter to export",
+                value="--form lora",
                 expected="--form pipeline, which is its default",
             )
         return "pipeline"
-    if fuse and form == "lora":
-        raise RecipeError("--form lora writes the adapter alone, --fuse puts it into the U-Net", do="leave one away")
-    return "pipeline" if fuse else form or "lora"
+    return form or "lora"
 
 
 def _refuse_taken(out: Path, run_dir: Path) -> None:

@@ -182,7 +182,7 @@ def exports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     export_run(lora, made["older adapter"].folder, version=1)
     export_run(lora, made["fused"].folder, form="pipeline")
     export_run(full, made["full"].folder)
-    export_run(half, made["fused in half precision"].folder, fuse=True)
+    export_run(half, made["fused in half precision"].folder, form="pipeline")
     export_run(guided, made["guided adapter"].folder)
     return made
 
@@ -433,17 +433,12 @@ def test_a_place_among_the_checkpoints_is_refused(refused: Callable[..., str], r
         assert "--out is among the checkpoints, which are for resuming" in refused(run, "--out", place)
 
 
-@pytest.mark.parametrize("option", [("--form", "lora"), ("--fuse",)])
 def test_an_adapter_asked_of_a_full_run_is_refused(
-    refused: Callable[..., str], exports: dict[str, Exported], tmp_path: Path, option: tuple[str, ...]
+    refused: Callable[..., str], exports: dict[str, Exported], tmp_path: Path
 ) -> None:
-    message = refused(exports["full"].run, "--out", tmp_path / "out", *option)
+    message = refused(exports["full"].run, "--out", tmp_path / "out", "--form", "lora")
     assert "trains the whole U-Net, so there is no adapter" in message
-    assert " ".join(option) in message
-
-
-def test_an_adapter_alone_and_fused_is_refused(refused: Callable[..., str], run: Path, tmp_path: Path) -> None:
-    assert "leave one away" in refused(run, "--out", tmp_path / "out", "--form", "lora", "--fuse")
+    assert "--form lora" in message
 
 
 def test_an_evaluation_that_is_none_or_of_another_version_is_refused(
@@ -528,6 +523,6 @@ def test_a_base_from_the_hub_is_copied_from_its_cache(
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["model"]["path"] = "someone/tiny"
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    export_run(run, tmp_path / "out", fuse=True)
+    export_run(run, tmp_path / "out", form="pipeline")
     assert files(tmp_path / "out") == files(model) | CARD_AND_IMAGES
     assert "base_model: someone/tiny\n" in (tmp_path / "out" / "README.md").read_text()
