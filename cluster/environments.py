@@ -19,7 +19,6 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -190,9 +189,18 @@ def _lock_file(environment: Environment) -> IO[str]:
         ) from None
 
 
+def _is_installed(name: str) -> bool:
+    """By its metadata: looking for the module itself sets off setuptools' replacement of distutils."""
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _lay_over_main(environment: Environment) -> None:
     """Makes it without pip where the main one has pip, which then serves both."""
-    without_pip = ["--without-pip"] if importlib.util.find_spec("pip") else []
+    without_pip = ["--without-pip"] if _is_installed("pip") else []
     command = [sys.executable, "-m", "venv", *without_pip, str(environment.folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
