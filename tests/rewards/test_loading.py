@@ -157,6 +157,7 @@ import a_package_that_is_not_here
 
 PINS: tuple[str, ...] = ("opencv-python-headless==4.10.0.84", "numpy<2")
 DOWNLOADS = "28 MB: " "weights"
+ENVIRONMENT = "0.1 GB"
 IMAGE_SIZE = 32
 EXAMPLE_PROMPT = "a cat"
 raise SystemExit
@@ -170,7 +171,9 @@ def test_what_a_file_declares_is_read_without_running_it(desk: Path, form: str) 
     for folder in (desk, desk / "package"):
         (folder / "said.py").write_text(DECLARES)
     pins = ("opencv-python-headless==4.10.0.84", "numpy<2")
-    assert declared(form) == Declaration(pins, "28 MB: weights", "Sharpness by an edge detector.", 32, "a cat")
+    assert declared(form) == Declaration(
+        pins, "28 MB: weights", "0.1 GB", "Sharpness by an edge detector.", 32, "a cat"
+    )
     assert pins_of(Reward(name=form)) == pins
     assert pins_of(Reward(name=form, pins=("numpy<2",))) == ("numpy<2",)
     assert pins_of(Reward(name=form, pins=())) == ()
