@@ -87,6 +87,7 @@ def test_a_run_is_repeated_from_its_score_log_though_rewards_vote_and_fail(desk:
     assert re.search(r"8 of 8 groups drawn, all bit-identical", replayed.stdout)
 
 
+@pytest.mark.slow
 def test_a_required_reward_that_fails_ends_the_run_with_a_checkpoint_to_go_on_from(
     desk: Path,
 ) -> None:

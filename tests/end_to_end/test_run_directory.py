@@ -60,6 +60,7 @@ def test_the_trained_reward_is_the_weighted_sum_of_its_parts(run: Run) -> None:
         assert row["reward/mean"] == pytest.approx(100 * row["reward/jpeg_compressibility"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_rollout_and_learner_agree_but_for_the_size_of_their_batches(run: Run, train: Callable[..., Run]) -> None:
     for row in run.metrics + train(*LATE).metrics:
         assert 0 <= row["parity/max_abs"] < 1e-5

@@ -37,10 +37,12 @@ def test_three_rollout_actors_end_with_the_digest_of_one(train: Callable[..., Ru
     assert len({worker for row in three.ledger for worker in row["workers"]}) == 3
 
 
+@pytest.mark.slow
 def test_another_seed_ends_with_another_digest(train: Callable[..., Run]) -> None:
     assert train("seed=1", "rounds=1").digests[1] != train("lag=0").digests[1]
 
 
+@pytest.mark.slow
 def test_lag_changes_the_weights_from_the_second_version_on(train: Callable[..., Run]) -> None:
     eager, late = train(*UNBROKEN[0]).digests, train(*UNBROKEN[1]).digests
     assert [eager[version] == late[version] for version in range(4)] == [True, True, False, False]
@@ -109,6 +111,7 @@ def test_a_process_that_lives_but_stands_still_is_replaced(train: Callable[..., 
     assert "made no progress for" in run.output
 
 
+@pytest.mark.slow
 def test_more_rounds_on_resume_end_where_a_longer_run_does(train: Callable[..., Run], workshop: Path) -> None:
     folder = workshop / "longer"
     finished(sfumato("train", "recipe.yaml", "rounds=1", "--run-dir", folder, cwd=workshop), folder)
@@ -159,6 +162,7 @@ def largest_gap(run: Run, reference: Run) -> float:
     return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [(TWO_RANKS,), pytest.param((TWO_RANKS, "learner.zero_stage=3"), marks=SLOW)], ids=" ".join
 )
@@ -170,6 +174,7 @@ def test_other_layouts_of_the_learner_end_with_close_weights(
     assert any(torch.count_nonzero(tensor) for name, tensor in run.weights().items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_a_resume_with_another_number_of_ranks_says_so_and_ends_close(
     train: Callable[..., Run], workshop: Path
 ) -> None:

@@ -57,6 +57,7 @@ def test_a_reward_whose_scores_cannot_be_used_ends_the_run_by_name(desk: Path) -
     assert "not finite, for image 0. Got: nan" in process.stderr
 
 
+@pytest.mark.slow
 def test_a_base_model_whose_weights_are_torn_is_refused(desk: Path, workshop: Path) -> None:
     (desk / "torn").mkdir()
     for path in (workshop / "model").iterdir():

@@ -84,7 +84,7 @@ def train(tiny_model: str, redis_server: RedisServer, open_streams: Any, tmp_pat
     return train_
 
 
-@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_groups_late_twice_lost_torn_or_stale_change_nothing(train: Callable[..., Ledger], lag: int) -> None:
     orderly = train(lag, deliver_well, 1)
     wild = train(lag, Worst(), 4)
