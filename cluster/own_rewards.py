@@ -40,10 +40,10 @@ def open_rewards(recipe: Recipe, rewards: Sequence[Reward]) -> Iterator[dict[str
 
 
 def _alone(reward: Reward) -> Reward:
-    """One actor where this command runs, which may have no GPU and is no node of a special kind."""
+    """One actor, asked once, where this command runs, which may have no GPU and is no node of a special kind."""
     has_gpu = ray.cluster_resources().get("GPU", 0.0) >= reward.num_gpus
     gpus = reward.num_gpus if has_gpu else 0.0
-    return reward.model_copy(update={"replicas": 1, "resources": {}, "num_gpus": gpus})
+    return reward.model_copy(update={"replicas": 1, "resources": {}, "num_gpus": gpus, "max_attempts": 1})
 
 
 def _of_this_process(reward: Reward, stack: ExitStack) -> ScoreGroup:

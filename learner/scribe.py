@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from protocol.errors import RedisError
 from protocol.recipe import Recipe
 from protocol.shares import busy_shares
 from protocol.stream import Streams
+from protocol.tickets import TicketPlan
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,11 @@ class Round:
 class Scribe:
     """Writes metrics and ledger. All ranks call it together."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path, engine: Engine, streams: Streams, *, follows: bool) -> None:
-        self._recipe, self._run_dir, self._engine, self._streams = recipe, run_dir, engine, streams
-        self._follows = follows
+    def __init__(
+        self, recipe: Recipe, plan: TicketPlan, run_dir: Path, engine: Engine, streams: Streams, *, follows: bool
+    ) -> None:
+        self._recipe, self._plan, self._run_dir = recipe, plan, run_dir
+        self._engine, self._streams, self._follows = engine, streams, follows
         self._costs_before, self._started_at = Costs(), time.monotonic()
 
     def open(self, first_round: int) -> None:
@@ -81,12 +83,11 @@ class Scribe:
 
     def _iteration(self, done: Round) -> dict[str, int]:
         """In self-play: the iteration, from 0, and the steps that it has had."""
-        starts = accumulate((iteration.rounds for iteration in self._recipe.iterations), initial=0)
-        begun = [start for start in starts if start <= done.number][: len(self._recipe.iterations)]
-        if not begun:
+        starts, number = self._plan.iteration_starts, self._plan.iteration_of(done.number)
+        if not starts:
             return {}
-        num_steps = (done.number + 1 - begun[-1]) * self._recipe.algorithm.num_steps_per_round
-        return {"spin/iteration": len(begun) - 1, "spin/step_in_iteration": num_steps}
+        num_steps = (done.number + 1 - starts[number]) * self._recipe.algorithm.num_steps_per_round
+        return {"spin/iteration": number, "spin/step_in_iteration": num_steps}
 
     def _times(self, receipts: list[Receipt], done: Round) -> dict[str, float]:
         """rollout_s and reward_s add up over the round's groups, whoever made them."""

@@ -74,7 +74,7 @@ class LearnerRank:
         self._versions = Versions(plan)
         self._composition = Composition(recipe.rewards, self._engine.gather)
         self._watchman = Watchman(recipe.firewall, recipe.rewards, self._engine.gather)
-        self._scribe = Scribe(recipe, run_dir, self._engine, streams, follows=company.name is not None)
+        self._scribe = Scribe(recipe, plan, run_dir, self._engine, streams, follows=company.name is not None)
         self._issued = 0
         self._round, self._step, self._skipped = 0, 0, 0
         self._checked_store_at = self._checked_stop_at = self._reported_at = 0.0
