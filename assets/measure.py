@@ -94,7 +94,7 @@ def measure_sizes(policy: Policy) -> dict[str, object]:
     """Returns numbers of parameters and sizes in bytes."""
     family = policy.family
     assert isinstance(family, StableDiffusion)
-    networks = {"unet": policy.unet, "vae": policy.vae, "text_encoder": family.text_encoder}
+    networks = {"unet": policy.denoiser, "vae": policy.vae, "text_encoder": family.text_encoder}
     networks["classifier"] = load_classifier(CLASSIFIER_PATH)
     return {
         "num_parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},

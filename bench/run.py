@@ -171,7 +171,7 @@ class GradientProblem:
     def _score(self, item_N3: Tensor) -> Tensor:
         group_N, sibling_N, step_N = item_N3.unbind(1)
         return self._chain.step(
-            self._chain.policy.unet,
+            self._chain.policy.denoiser,
             self._latents_PGSCHW[group_N, sibling_N, step_N],
             step_N,
             self._conditioning[group_N],
@@ -192,7 +192,7 @@ def _sample_together(chain: Chain) -> None:
     state_NCHW = initial_noise(seeds, shape_CHW, shared=False)
     for step in range(len(chain.schedule)):
         step_N, noise_NCHW = torch.full((len(seeds),), step), step_noise(seeds, step, shape_CHW)
-        drawn = chain.step(chain.policy.unet, state_NCHW, step_N, conditioning, noise_NCHW=noise_NCHW)
+        drawn = chain.step(chain.policy.denoiser, state_NCHW, step_N, conditioning, noise_NCHW=noise_NCHW)
         state_NCHW = drawn.next_state_NCHW
 
 

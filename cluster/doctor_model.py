@@ -79,7 +79,7 @@ class Patient:
         probe, scored = TransitionProbe(chain or self.chain, self.batch), []
         with torch.no_grad():
             for items in micro_batches(self.item_N3, size):
-                scored.append(probe(probe.chain.policy.unet, items).cpu())
+                scored.append(probe(probe.chain.policy.denoiser, items).cpu())
         return torch.cat(scored)
 
     def stored(self) -> Tensor:
@@ -259,7 +259,7 @@ def predictions(policy: Policy, prompt: str, state_TCHW: Tensor, timestep_T: Ten
     """Returns our guided outputs at T states, one by one as the pipeline has them, (T, C, H, W) on the CPU."""
     outputs = [
         policy.predict(
-            policy.unet,
+            policy.denoiser,
             state_CHW[None].to(policy.device),
             timestep[None].to(policy.device),
             policy.condition([prompt]),
@@ -334,9 +334,9 @@ def check_fused(patient: Patient) -> Finding:
             {key: tensor + _spread(number, tensor) for number, (key, tensor) in enumerate(sorted(before.items()))}
         )
         beside_N = patient.scores(size)
-        policy.unet.fuse_lora()
+        policy.denoiser.fuse_lora()
         fused_N = patient.scores(size)
-        policy.unet.unfuse_lora()
+        policy.denoiser.unfuse_lora()
     finally:
         policy.load_trainable_state(before)
     gap_N, effect_N = patient.gap(fused_N, beside_N), patient.gap(beside_N, patient.scores(size))

@@ -225,8 +225,8 @@ def _write(out: Path, policy: Policy, card: Card, pictures: dict[str, Path]) -> 
 def _fuse(policy: Policy) -> None:
     """Adds the adapters to the weights that they adapt; of a full fine-tuning there are none."""
     if not isinstance(policy.trainable, Full):
-        policy.unet.fuse_lora()
-        policy.unet.unload_lora()
+        policy.denoiser.fuse_lora()
+        policy.denoiser.unload_lora()
 
 
 def _write_weights(policy: Policy, folder: Path, form: Form) -> None:
@@ -234,7 +234,7 @@ def _write_weights(policy: Policy, folder: Path, form: Form) -> None:
         policy.export(folder)
         assert (folder / ADAPTER_FILE).is_file()
     else:
-        policy.unet.save_pretrained(folder / TRAINED)
+        policy.denoiser.save_pretrained(folder / TRAINED)
 
 
 def _copy_base(source: str, folder: Path) -> None:

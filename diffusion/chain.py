@@ -78,7 +78,7 @@ class Chain:
         conditioning = self.policy.condition([prompt]).expand(len(seeds_G))
 
         def draw(state_GCHW: Tensor, step_G: Tensor, noise_GCHW: Tensor) -> Transition:
-            return self.step(self.policy.unet, state_GCHW, step_G, conditioning, noise_NCHW=noise_GCHW)
+            return self.step(self.policy.denoiser, state_GCHW, step_G, conditioning, noise_NCHW=noise_GCHW)
 
         start = initial_noise(seeds_G, self.policy.latent_shape_CHW, shared=self.sampler.share_initial_noise)
         return self._walk(start, seeds_G, draw, after_step)

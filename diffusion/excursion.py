@@ -175,7 +175,7 @@ def excursion(
     noises = [step_noise(_own_seeds(seeds_G), step, shape_CHW) for step in range(len(schedule))]
     conditioning = policy.condition([prompt]).expand(len(seeds_G))
     visited = walk(
-        lambda state, timestep: policy.predict(policy.unet, state, timestep, conditioning, guidance_scale=1.0),
+        lambda state, timestep: policy.predict(policy.denoiser, state, timestep, conditioning, guidance_scale=1.0),
         Start(start.timestep, start.x0_GCHW.to(policy.device), start.noise_GCHW.to(policy.device)),
         schedule,
         torch.stack(noises).to(policy.device),

@@ -232,18 +232,18 @@ def make_encoder(policy: Policy, settings: Perception, seed: int) -> Encoder:
     is as diffusers initialises such a U-Net, of which only the encoder is kept. Raises ModelError in half precision.
     """
     if settings.encoder_weights == "frozen_base":
-        with policy.reference(policy.unet) as base:
+        with policy.reference(policy.denoiser) as base:
             stack = EncoderStack(base)
-        return Encoder(stack, settings.blocks, lambda: policy.reference(policy.unet))
+        return Encoder(stack, settings.blocks, lambda: policy.reference(policy.denoiser))
     if settings.encoder_weights == "live":
-        return Encoder(EncoderStack(policy.unet), settings.blocks, lambda: policy.adapters(enabled=True))
+        return Encoder(EncoderStack(policy.denoiser), settings.blocks, lambda: policy.adapters(enabled=True))
     return Encoder(_random_stack(policy, seed), settings.blocks, nullcontext)
 
 
 def _random_stack(policy: Policy, seed: int) -> EncoderStack:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, Purpose.ENCODER_INIT))
-        unet = policy.unet.from_config(policy.unet.config)
+        unet = policy.denoiser.from_config(policy.denoiser.config)
     return EncoderStack(unet).to(policy.device, policy.dtype).eval().requires_grad_(False)
 
 

@@ -63,17 +63,19 @@ class Policy:
         """Loads a folder or hub id. `seed` fixes the adapters' initial weights. Raises ModelError."""
         self.source, self.dtype, self.device = source, dtype, torch.device(device)
         self.trainable = trainable
-        self.unet: UNet2DConditionModel = self._frozen(load(UNet2DConditionModel, source, "unet", torch_dtype=dtype))
+        self.denoiser: UNet2DConditionModel = self._frozen(
+            load(UNet2DConditionModel, source, "unet", torch_dtype=dtype)
+        )
         self.family = family_of(source)(source, dtype)
         for network in self.family.networks:
             self._frozen(network)
         self.vae: AutoencoderKL | None = None
         if with_decoder:
             self.vae = self._frozen(load(AutoencoderKL, source, "vae", torch_dtype=dtype))
-        self.base_digest = weights_digest(self.unet.state_dict())
+        self.base_digest = weights_digest(self.denoiser.state_dict())
         self._scheduler = load(DDIMScheduler, source, "scheduler")
         self._encoded: dict[str, Conditioning] = {}
-        self._frozen_unet: UNet2DConditionModel | None = None
+        self._frozen_denoiser: UNet2DConditionModel | None = None
         self._adapters_enabled = True
         self.num_evaluations = 0
         """Latents that `predict` has evaluated so far, each branch of guidance by itself."""
@@ -94,7 +96,7 @@ class Policy:
     @property
     def latent_shape_CHW(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent."""
-        config = self.unet.config
+        config = self.denoiser.config
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return config.in_channels, height, width
@@ -207,7 +209,7 @@ class Policy:
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Returns the trained parameters by name; the tensors are the live ones."""
-        return {name: p.data for name, p in self.unet.named_parameters() if p.requires_grad}
+        return {name: p.data for name, p in self.denoiser.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def load_trainable_state(self, state: State) -> None:
@@ -226,8 +228,8 @@ class Policy:
     @contextmanager
     def reference(self, denoiser: Denoiser) -> Iterator[Denoiser]:
         """Yields the pretrained network: `denoiser` with adapters off, or the frozen copy."""
-        if self._frozen_unet is not None:
-            yield self._frozen_unet
+        if self._frozen_denoiser is not None:
+            yield self._frozen_denoiser
             return
         with self.adapters(enabled=False):
             yield denoiser
@@ -244,23 +246,23 @@ class Policy:
 
     def forget_activations(self) -> None:
         """Makes backward passes compute again what is inside the U-Net's blocks, instead of keeping it."""
-        self.unet.enable_gradient_checkpointing()
+        self.denoiser.enable_gradient_checkpointing()
 
     def keep_reference(self) -> None:
         """Full fine-tuning: keeps a frozen copy of the weights as they are now. LoRA needs none."""
         if isinstance(self.trainable, Full):
-            self._frozen_unet = copy.deepcopy(self.unet).requires_grad_(False)
+            self._frozen_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False)
 
     def export(self, folder: Path) -> None:
         """Writes what a plain diffusers pipeline loads: `pytorch_lora_weights.safetensors` for
         `load_lora_weights`, or a `unet/` folder for `UNet2DConditionModel.from_pretrained`."""
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.trainable, Full):
-            self.unet.save_pretrained(folder / "unet")
+            self.denoiser.save_pretrained(folder / "unet")
             return
-        layers = {name: t.detach().cpu().float() for name, t in get_peft_model_state_dict(self.unet).items()}
+        layers = {name: t.detach().cpu().float() for name, t in get_peft_model_state_dict(self.denoiser).items()}
         # Without its metadata a reader would take alpha to be the rank.
-        metadata = self.unet.peft_config["default"].to_dict()
+        metadata = self.denoiser.peft_config["default"].to_dict()
         self.family.pipeline.save_lora_weights(
             str(folder), unet_lora_layers=layers, unet_lora_adapter_metadata=metadata
         )
@@ -268,7 +270,7 @@ class Policy:
     def _switch_adapters(self, enabled: bool) -> None:
         if enabled != self._adapters_enabled:
             assert not isinstance(self.trainable, Full), "keep_reference makes the reference of full fine-tuning"
-            (self.unet.enable_adapters if enabled else self.unet.disable_adapters)()
+            (self.denoiser.enable_adapters if enabled else self.denoiser.disable_adapters)()
             self._adapters_enabled = enabled
 
     def _frozen(self, network: Any) -> Any:
@@ -276,14 +278,14 @@ class Policy:
 
     def _make_trainable(self, seed: int) -> None:
         if isinstance(self.trainable, Full):
-            self.unet.requires_grad_(True)
+            self.denoiser.requires_grad_(True)
             return
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, Purpose.ADAPTER_INIT))
-            self.unet.add_adapter(_lora_config(self.trainable))
-        for parameter in self.unet.parameters():
+            self.denoiser.add_adapter(_lora_config(self.trainable))
+        for parameter in self.denoiser.parameters():
             parameter.data = parameter.data.to(self.device, self.dtype)
-        self.unet.eval()
+        self.denoiser.eval()
 
 
 def _lora_config(lora: Lora) -> LoraConfig:

@@ -66,7 +66,7 @@ class LearnerRank:
         self._policy.keep_reference()
         if recipe.learner.gradient_checkpointing:
             self._policy.forget_activations()
-        self._engine = Engine(self._policy.unet, recipe.learner, device)
+        self._engine = Engine(self._policy.denoiser, recipe.learner, device)
         self._chain = Chain(self._policy, recipe.sampler)
         after_pass = functools.partial(self._report_progress, "learning")
         self._tools = Tools(recipe, self._chain, self._engine, after_pass, follows=company.name is not None)

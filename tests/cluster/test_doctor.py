@@ -186,7 +186,7 @@ def test_a_network_other_than_the_pipelines_is_found(model: Path) -> None:
     pipeline = PlainPipeline(str(model), torch.float32, "cpu")
     assert {finding.verdict for finding in doctor_model.check_predictions(chain, pipeline)} == {"ok"}
     with torch.no_grad():
-        chain.policy.unet.conv_out.bias += 1e-2
+        chain.policy.denoiser.conv_out.bias += 1e-2
     assert {finding.verdict for finding in doctor_model.check_predictions(chain, pipeline)} == {"error"}
 
 
@@ -227,9 +227,9 @@ def test_fusing_leaves_the_policy_as_it_was_and_sees_a_fusion_that_is_wrong(
     assert doctor_model.check_fused(patient).verdict == "ok"
     assert weights_digest(policy.trainable_state()) == before[0]
     torch.testing.assert_close(patient.scores(3), before[1], rtol=1e-6, atol=1e-3)
-    fuse = policy.unet.fuse_lora
+    fuse = policy.denoiser.fuse_lora
     monkeypatch.setattr(doctor_model, "ADAPTER_SPREAD", 0.5)
-    monkeypatch.setattr(policy.unet, "fuse_lora", lambda: fuse(lora_scale=0.5))
+    monkeypatch.setattr(policy.denoiser, "fuse_lora", lambda: fuse(lora_scale=0.5))
     finding = doctor_model.check_fused(patient)
     assert finding.verdict == "warning"
     assert finding.number is not None

@@ -478,9 +478,9 @@ def test_another_base_model_than_the_runs_is_refused(
     base = copied_base(run, model, tmp_path / "base")
     other = make_tiny_model(tmp_path / "other")
     policy = Policy(str(other), trainable=read_recipe(run).model.trainable, seed=0)
-    policy.unet.unload_lora()
-    next(policy.unet.parameters()).data.add_(1)
-    policy.unet.save_pretrained(base / "unet")
+    policy.denoiser.unload_lora()
+    next(policy.denoiser.parameters()).data.add_(1)
+    policy.denoiser.save_pretrained(base / "unet")
     message = refused(run, "--out", tmp_path / "out")
     assert f"the base model {base} is not the one that this run was trained from" in message
 

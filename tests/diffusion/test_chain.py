@@ -41,7 +41,7 @@ def replay(chain: Chain, drawn: Trajectories, micro_batch_size: int) -> Tensor:
     for item_N3 in items_where(scored_1GT).split(micro_batch_size):
         _, sibling_N, step_N = item_N3.unbind(1)
         result_GT[sibling_N, step_N] = chain.step(
-            chain.policy.unet,
+            chain.policy.denoiser,
             latents_GSCHW[sibling_N, step_N],
             step_N,
             chain.policy.condition([PROMPT])[torch.zeros_like(sibling_N)],
@@ -100,7 +100,7 @@ def test_every_step_is_driven_by_the_noise_of_its_own_key(tiny_model: str) -> No
         step_N = torch.full((len(SEEDS),), step)
         with torch.no_grad():
             scored = chain.step(
-                chain.policy.unet,
+                chain.policy.denoiser,
                 states[step],
                 step_N,
                 chain.policy.condition([PROMPT] * len(SEEDS)),

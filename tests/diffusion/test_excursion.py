@@ -358,7 +358,7 @@ def test_excursions_share_no_noise_with_the_trajectories_of_their_seeds() -> Non
 def counted_evaluations(policy: Policy) -> Iterator[list[int]]:
     """The batch size of every call of the U-Net."""
     calls: list[int] = []
-    hook = policy.unet.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    hook = policy.denoiser.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     yield calls
     hook.remove()
 
@@ -374,7 +374,7 @@ def test_a_policys_clean_latents_are_predicted_at_the_states_it_sends(
     for index, timestep in enumerate(visited.timestep_M.tolist()):
         state, timestep_G = visited.states_GMCHW[:, index].float(), torch.full((3,), timestep)
         with torch.no_grad():
-            output = policy.predict(policy.unet, state, timestep_G, policy.condition([PROMPT] * 3), 1.0)
+            output = policy.predict(policy.denoiser, state, timestep_G, policy.condition([PROMPT] * 3), 1.0)
         at = constants.at(torch.full((3,), index))
         clean = predicted_noise_and_clean(state, output, at, policy.prediction_type)[1]
         assert torch.equal(clean, visited.x0hat_GMCHW[:, index])
@@ -420,7 +420,7 @@ def test_a_tuned_models_inference_costs_what_the_bases_does(
     chain = make_chain(policy, guidance_scale=guidance_scale)
     with counted_evaluations(policy) as tuned:
         chain.sample(PROMPT, SEEDS)
-    with policy.reference(policy.unet), counted_evaluations(policy) as base:
+    with policy.reference(policy.denoiser), counted_evaluations(policy) as base:
         chain.sample(PROMPT, SEEDS)
     assert sum(tuned) == sum(base) == 4 * num_branches * len(SEEDS)
 

@@ -392,7 +392,7 @@ def features(encode: Encode, problem: Problem) -> Tensor:
 def predict(policy: Policy, problem: Problem) -> Tensor:
     """The network's estimate of the items' noise."""
     timestep = problem.constants.timestep_N + 1
-    return policy.unet(problem.state, timestep, encoder_hidden_states=problem.told.text_NLE).sample
+    return policy.denoiser(problem.state, timestep, encoder_hidden_states=problem.told.text_NLE).sample
 
 
 def frozen_base(policy: Policy, blocks: Blocks = "down") -> Encoder:
@@ -415,7 +415,11 @@ def test_features_are_the_hidden_states_of_a_full_pass_of_the_base(tiny_model: s
     """N13."""
     policy = load(tiny_model, trainable)
     problem = problem_of(policy)
-    with policy.reference(policy.unet) as base, torch.no_grad(), hooked([*base.down_blocks, base.mid_block]) as outputs:
+    with (
+        policy.reference(policy.denoiser) as base,
+        torch.no_grad(),
+        hooked([*base.down_blocks, base.mid_block]) as outputs,
+    ):
         base(problem.state, problem.constants.timestep_N, encoder_hidden_states=problem.told.text_NLE)
     *down, middle = [output[0] if isinstance(output, tuple) else output for output in outputs]
     expected = {"down": down[-1:], "mid": [middle], "down_mid": [down[-1], middle], "multi": [*down, middle]}
@@ -436,7 +440,7 @@ def test_no_up_block_is_run_and_every_encoded_latent_is_counted(lora: Policy, bl
     """N14: one encoding an item for the target, one for each estimate."""
     encode, problem = frozen_base(lora, blocks), problem_of(lora)
     estimate = predict(lora, problem).detach().requires_grad_()
-    never = [*lora.unet.up_blocks, lora.unet.conv_out, *([lora.unet.mid_block] if blocks == "down" else [])]
+    never = [*lora.denoiser.up_blocks, lora.denoiser.conv_out, *([lora.denoiser.mid_block] if blocks == "down" else [])]
     with hooked(never) as outputs:
         target = problem.target(encode)
         assert encode.num_forward == 4
@@ -451,10 +455,10 @@ def test_training_leaves_the_frozen_encoder_bit_for_bit(tiny_model: str, trainab
     policy = load(tiny_model, trainable)
     encode, problem = frozen_base(policy, "multi"), problem_of(policy)
     target, before = problem.target(encode), features(encode, problem)
-    with policy.reference(policy.unet) as base:
+    with policy.reference(policy.denoiser) as base:
         frozen = {name: p for name, p in base.named_parameters() if "lora" not in name}
         digest = weights_digest(frozen)
-    trained = [p for p in policy.unet.parameters() if p.requires_grad]
+    trained = [p for p in policy.denoiser.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1.0)
     errors = []
     for _ in range(3):
@@ -478,7 +482,7 @@ def settings_of(weights: str) -> Perception:
 def test_gradients_reach_the_weights_through_the_estimate_alone(tiny_model: str, trainable: Lora | Full) -> None:
     """N6: the chain rule over estimate -> weights is the whole gradient."""
     policy = load(tiny_model, trainable, torch.float64)
-    trained = [p for p in policy.unet.parameters() if p.requires_grad]
+    trained = [p for p in policy.denoiser.parameters() if p.requires_grad]
     for weights in WEIGHTS:
         encode, problem = make_encoder(policy, settings_of(weights), 0), problem_of(policy)
         estimate = predict(policy, problem)
@@ -516,7 +520,7 @@ def test_encoders_keep_their_weights_where_the_reference_is_evaluated(lora: Poli
     outside = [features(encode, problem) for encode in encoders]
     with torch.no_grad():
         trained = predict(lora, problem)
-        with lora.reference(lora.unet):
+        with lora.reference(lora.denoiser):
             base = predict(lora, problem)
             inside = [features(encode, problem) for encode in encoders]
             assert torch.equal(predict(lora, problem), base)
@@ -563,14 +567,14 @@ def test_untrained_ncp_dpo_has_loss_ln_2_accuracy_one_half_and_a_gradient(tiny_m
     encode = frozen_base(policy)
     problem = problem_of(policy, (300, 300, 800, 800))
     target = problem.target(encode)
-    with torch.no_grad(), policy.reference(policy.unet):
+    with torch.no_grad(), policy.reference(policy.denoiser):
         error_ref = perceptual_error(predict(policy, problem), target, encode)
     error = perceptual_error(predict(policy, problem), target, encode)
     loss, metrics = preference(error.view(2, 2), error_ref.view(2, 2), torch.ones(2), beta=2500.0, normaliser=2)
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2), abs=1e-12)
     assert metrics["pairs/accuracy"].tolist() == [1.0, 2.0]
-    assert any(p.grad is not None and bool(p.grad.any()) for p in policy.unet.parameters())
+    assert any(p.grad is not None and bool(p.grad.any()) for p in policy.denoiser.parameters())
 
 
 # --- refusals ---------------------------------------------------------------------------------------------

@@ -43,13 +43,13 @@ def train_a_little(policy: Policy) -> None:
 @torch.no_grad()
 def predict(policy: Policy, guidance_scale: float = 1.0) -> Tensor:
     """The network's output on the two items."""
-    return policy.predict(policy.unet, *items(policy), guidance_scale)
+    return policy.predict(policy.denoiser, *items(policy), guidance_scale)
 
 
 @torch.no_grad()
 def predict_reference(policy: Policy, guidance_scale: float = 1.0) -> Tensor:
     """The reference's output on the two items."""
-    with policy.reference(policy.unet) as reference:
+    with policy.reference(policy.denoiser) as reference:
         return policy.predict(reference, *items(policy), guidance_scale)
 
 
@@ -62,9 +62,9 @@ def output_of(unet: UNet2DConditionModel, at: Items) -> Tensor:
 
 def gradients(policy: Policy, at: Items, guidance_scale: float) -> Tensor:
     """The gradient of a fixed functional of the guided output in all trained weights."""
-    output = policy.predict(policy.unet, *at, guidance_scale)
+    output = policy.predict(policy.denoiser, *at, guidance_scale)
     weights = torch.linspace(-1, 1, output.numel()).view(output.shape)
-    parameters = [p for p in policy.unet.parameters() if p.requires_grad]
+    parameters = [p for p in policy.denoiser.parameters() if p.requires_grad]
     return torch.cat([g.flatten() for g in torch.autograd.grad((weights * output).sum(), parameters)])
 
 
@@ -72,9 +72,9 @@ def test_guidance_one_is_the_conditional_branch_and_zero_the_unconditional_one(t
     policy = load(tiny_model)
     states, timesteps, embeddings = items(policy)
     empty = policy.condition(["", ""])
-    assert torch.equal(predict(policy, 1.0), output_of(policy.unet, (states, timesteps, embeddings)))
+    assert torch.equal(predict(policy, 1.0), output_of(policy.denoiser, (states, timesteps, embeddings)))
     both = output_of(
-        policy.unet, (torch.cat([states] * 2), torch.cat([timesteps] * 2), Conditioning.cat([empty, embeddings]))
+        policy.denoiser, (torch.cat([states] * 2), torch.cat([timesteps] * 2), Conditioning.cat([empty, embeddings]))
     )
     assert torch.equal(predict(policy, 0.0), both[:2])
 
@@ -83,8 +83,8 @@ def test_guidance_one_is_the_conditional_branch_and_zero_the_unconditional_one(t
 def test_guided_outputs_lie_on_the_line_through_both_branches(tiny_model: str, guidance_scale: float) -> None:
     policy = load(tiny_model)
     states, timesteps, embeddings = items(policy)
-    unconditional = output_of(policy.unet, (states, timesteps, policy.condition(["", ""])))
-    conditional = output_of(policy.unet, (states, timesteps, embeddings))
+    unconditional = output_of(policy.denoiser, (states, timesteps, policy.condition(["", ""])))
+    conditional = output_of(policy.denoiser, (states, timesteps, embeddings))
     expected = (1 - guidance_scale) * unconditional + guidance_scale * conditional
     torch.testing.assert_close(predict(policy, guidance_scale), expected, rtol=1e-4, atol=1e-5)
 
@@ -130,7 +130,7 @@ def test_the_reference_of_a_full_policy_stays_where_it_was_kept(tiny_model: str)
 def test_after_the_reference_the_same_weights_are_trained_again(tiny_model: str) -> None:
     policy = load(tiny_model)
     before = policy.trainable_state()
-    with policy.reference(policy.unet):
+    with policy.reference(policy.denoiser):
         pass
     assert policy.trainable_state().keys() == before.keys()
     assert gradients(policy, items(policy), 1.0).abs().max() > 0
@@ -140,7 +140,7 @@ def test_an_error_under_the_reference_leaves_the_adapters_on(tiny_model: str) ->
     policy = load(tiny_model)
     train_a_little(policy)
     trained = predict(policy)
-    with pytest.raises(ZeroDivisionError), policy.reference(policy.unet):
+    with pytest.raises(ZeroDivisionError), policy.reference(policy.denoiser):
         raise ZeroDivisionError
     assert torch.equal(predict(policy), trained)
 
@@ -152,7 +152,7 @@ def test_switching_adapters_may_be_nested(tiny_model: str) -> None:
     train_a_little(policy)
     trained = predict(policy)
     assert not torch.equal(trained, base)
-    with policy.reference(policy.unet):
+    with policy.reference(policy.denoiser):
         with policy.adapters(enabled=True):
             assert torch.equal(predict(policy), trained)
             with policy.adapters(enabled=False):
@@ -169,11 +169,11 @@ def test_predicted_noise_is_the_conditional_branchs_whatever_the_network_predict
     epsilon, velocity = load(tiny_model), load(tiny_velocity_model)
     states, timesteps, embeddings = items(epsilon)
     output = predict(epsilon)
-    assert torch.equal(epsilon.predict_noise(epsilon.unet, states, timesteps, embeddings), output)
+    assert torch.equal(epsilon.predict_noise(epsilon.denoiser, states, timesteps, embeddings), output)
     # v = A noise - S x0 and x = A x0 + S noise, so noise = A v + S x; the two models' networks are the same.
     alpha_bar = epsilon.alpha_bar.double()[timesteps].view(-1, 1, 1, 1)
     expected = alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * states
-    found = velocity.predict_noise(velocity.unet, states, timesteps, embeddings)
+    found = velocity.predict_noise(velocity.denoiser, states, timesteps, embeddings)
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
 
 
@@ -181,7 +181,7 @@ def test_only_the_trainable_part_takes_gradients(tiny_model: str) -> None:
     lora = load(tiny_model)
     assert all("lora" in name for name in lora.trainable_state())
     full = load(tiny_model, Full(form="full"))
-    assert full.trainable_state().keys() == dict(full.unet.named_parameters()).keys()
+    assert full.trainable_state().keys() == dict(full.denoiser.named_parameters()).keys()
     for policy in (lora, full):
         assert policy.vae is not None
         for frozen in (policy.vae, *policy.family.networks):
@@ -191,7 +191,7 @@ def test_only_the_trainable_part_takes_gradients(tiny_model: str) -> None:
 def test_all_networks_are_in_eval_mode(tiny_model: str) -> None:
     policy = load(tiny_model)
     assert policy.vae is not None
-    for network in (policy.unet, policy.vae, *policy.family.networks):
+    for network in (policy.denoiser, policy.vae, *policy.family.networks):
         assert not any(module.training for module in network.modules())
 
 
@@ -312,7 +312,7 @@ def test_an_exported_full_unet_is_the_trained_one(tiny_model: str, tmp_path: Pat
 
 def test_half_precision_policy_and_reference_share_their_dtype(tiny_model: str) -> None:
     policy = load(tiny_model, dtype=torch.bfloat16)
-    dtypes = {p.dtype for p in (*policy.unet.parameters(), *policy.family.networks[0].parameters())}
+    dtypes = {p.dtype for p in (*policy.denoiser.parameters(), *policy.family.networks[0].parameters())}
     assert dtypes == {torch.bfloat16}
     assert torch.equal(predict(policy), predict_reference(policy))
     assert predict(policy).dtype == torch.float32

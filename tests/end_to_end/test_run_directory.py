@@ -129,14 +129,14 @@ def test_the_export_gives_a_plain_pipeline_the_tuned_model(run: Run, workshop: P
     pipeline = StableDiffusionPipeline.from_pretrained(workshop / "model")
     base = noise_prediction(pipeline.unet)
     pipeline.load_lora_weights(run.folder / "export")
-    tuned = noise_prediction(tuned_policy(run, workshop).unet)
+    tuned = noise_prediction(tuned_policy(run, workshop).denoiser)
     torch.testing.assert_close(noise_prediction(pipeline.unet), tuned, rtol=0, atol=1e-6)
     assert float((tuned - base).abs().max()) > 1e-4
 
 
 def test_full_fine_tuning_exports_a_unet(full_run: Run, workshop: Path) -> None:
     exported = UNet2DConditionModel.from_pretrained(full_run.folder / "export" / "unet")
-    assert torch.equal(noise_prediction(exported), noise_prediction(tuned_policy(full_run, workshop).unet))
+    assert torch.equal(noise_prediction(exported), noise_prediction(tuned_policy(full_run, workshop).denoiser))
 
 
 def test_full_fine_tuning_starts_at_its_reference_and_leaves_it(full_run: Run) -> None:

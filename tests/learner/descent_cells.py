@@ -112,7 +112,7 @@ def learn(cell: Cell, model: str, world_size: int, groups: Sequence[Group]) -> t
     """Learns from a rank's groups; returns the trained weights and the losses."""
     recipe = cell.recipe(model, world_size)
     policy = Policy.from_recipe(recipe, with_decoder=False)
-    engine = Engine(policy.unet, recipe.learner, torch.device("cpu"))
+    engine = Engine(policy.denoiser, recipe.learner, torch.device("cpu"))
     updater = make_updater(Tools(recipe, Chain(policy, recipe.sampler), engine, lambda: None))
     losses = updater.learn(groups, 0, None).loss
     with engine.gathered():

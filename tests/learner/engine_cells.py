@@ -99,7 +99,7 @@ class Training:
 
     def __init__(self, cell: Cell, model: str, world_size: int) -> None:
         self.policy = cell.policy(model)
-        self.engine = Engine(self.policy.unet, cell.learner(world_size), torch.device("cpu"))
+        self.engine = Engine(self.policy.denoiser, cell.learner(world_size), torch.device("cpu"))
         self.norms: list[float] = []
 
     def run(self, first: int, last: int) -> Training:
@@ -127,7 +127,7 @@ def reference(cell: Cell, model: str) -> tuple[dict[str, Tensor], dict[str, Tens
     Returns masters at the start and at the end, and the gradient norms.
     """
     policy, settings = cell.policy(model), cell.learner(1)
-    live = {name: p for name, p in policy.unet.named_parameters() if p.requires_grad}
+    live = {name: p for name, p in policy.denoiser.named_parameters() if p.requires_grad}
     masters = {name: p.detach().float().clone().requires_grad_() for name, p in live.items()}
     start = {name: master.detach().clone() for name, master in masters.items()}
     optimizer = torch.optim.AdamW(
@@ -141,7 +141,7 @@ def reference(cell: Cell, model: str) -> tuple[dict[str, Tensor], dict[str, Tens
     for step in range(NUM_STEPS):
         for master in masters.values():
             master.grad = torch.zeros_like(master)
-        for loss in make_losses(policy, policy.unet, step):
+        for loss in make_losses(policy, policy.denoiser, step):
             gradients = torch.autograd.grad(loss(), list(live.values()))
             for master, gradient in zip(masters.values(), gradients, strict=True):
                 assert master.grad is not None

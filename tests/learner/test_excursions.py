@@ -115,9 +115,9 @@ def probe_values(bench: Bench, groups: Sequence[Group], kind: type[ErrorProbe]) 
     updater: Any = bench.updater
     probe = updater._probe(updater._choose(groups, 0).noised)
     assert type(probe) is kind
-    value_UK = probe(bench.policy.unet, torch.arange(len(groups))[:, None])
+    value_UK = probe(bench.policy.denoiser, torch.arange(len(groups))[:, None])
     trained = list(bench.policy.trainable_state())
-    named = dict(bench.policy.unet.named_parameters())
+    named = dict(bench.policy.denoiser.named_parameters())
     gradients = torch.autograd.grad(value_UK[:, : probe.width].sum(), [named[name] for name in trained])
     return value_UK.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
@@ -222,7 +222,7 @@ def test_a_reward_for_easy_noise_lowers_the_selected_error_with_no_weight_change
         timestep = torch.from_numpy(group.array("state_timestep_M")).repeat(G)
         embedding = bench.policy.condition([group.prompt]).expand(G * M)
         with torch.no_grad():
-            predicted = bench.policy.predict_noise(bench.policy.unet, states, timestep, embedding)
+            predicted = bench.policy.predict_noise(bench.policy.denoiser, states, timestep, embedding)
         error_GM = (predicted.numpy().reshape(noise_GMCHW.shape) - noise_GMCHW).reshape(G, M, -1)
         easy.append(with_arrays(group, state_reward_GM=-np.square(error_GM).mean(2).astype(np.float32)))
     hard = [with_arrays(group, state_reward_GM=-group.array("state_reward_GM")) for group in easy]
@@ -275,7 +275,7 @@ def test_the_held_out_error_is_that_of_the_first_candidates_images_at_the_middle
     states = noised(x0, noise, noise_level(policy.alpha_bar, timestep))
     with torch.no_grad():
         embedding = policy.condition([group.prompt for group in chosen])
-        predicted = policy.predict_noise(policy.unet, states, timestep, embedding)
+        predicted = policy.predict_noise(policy.denoiser, states, timestep, embedding)
     assert measured == pytest.approx((predicted - noise).square().mean().item(), rel=1e-3)
 
 

@@ -151,11 +151,11 @@ def test_features_that_were_kept_give_the_errors_that_encoding_again_gives(tiny_
         num_before = bench.updater.costs.encoder_forward
         for order in ([0, 1, 2], [2, 0], [1]):
             items = torch.tensor(order)[:, None]
-            one, other = (each(bench.policy.unet, items) for each in (known, probe))
+            one, other = (each(bench.policy.denoiser, items) for each in (known, probe))
             torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
     assert bench.updater.costs.encoder_forward - num_before == 6 * (4 + 6)
     # A filler has no features of its own; nobody reads its errors.
-    assert torch.isfinite(known(bench.policy.unet, known.filler_1K)).all()
+    assert torch.isfinite(known(bench.policy.denoiser, known.filler_1K)).all()
 
 
 # --- the encoder's gain -----------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class Problem:
         group_N, sibling_N, step_N = item_N3.unbind(1)
         policy = self.chain.policy
         return self.chain.step(
-            denoiser or policy.unet,
+            denoiser or policy.denoiser,
             self.latents_PGSCHW[group_N, sibling_N, step_N],
             step_N,
             policy.condition(PROMPTS)[group_N],
@@ -67,7 +67,7 @@ class Problem:
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trained parameters."""
-        return [p for p in self.chain.policy.unet.parameters() if p.requires_grad]
+        return [p for p in self.chain.policy.denoiser.parameters() if p.requires_grad]
 
     def gradient(self, backward: Callable[[], object]) -> Tensor:
         """What a backward pass, or several, leave in the trained parameters."""
@@ -121,7 +121,7 @@ def problem(tiny_model: str) -> Problem:
         reward_PG=torch.randn(2, NUM_SIBLINGS, generator=torch.Generator().manual_seed(3)),
     )
     unreferenced = made(torch.zeros(2, NUM_SIBLINGS, NUM_STEPS, dtype=torch.float64))
-    with torch.no_grad(), policy.reference(policy.unet) as reference:
+    with torch.no_grad(), policy.reference(policy.denoiser) as reference:
         return made(unreferenced.score_all(reference))
 
 

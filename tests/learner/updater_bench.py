@@ -48,7 +48,7 @@ class Bench:
             }
         )
         self.policy = copy.deepcopy(load(model))
-        self.engine = Engine(self.policy.unet, self.recipe.learner, torch.device("cpu"))
+        self.engine = Engine(self.policy.denoiser, self.recipe.learner, torch.device("cpu"))
         self.chain = Chain(self.policy, self.recipe.sampler)
         self.updater: Updater = make_updater(Tools(self.recipe, self.chain, self.engine, lambda: None, follows))
 
