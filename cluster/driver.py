@@ -31,7 +31,6 @@ from cluster.sources import prepare_sources, read_plan
 from learner.checkpoint import latest_checkpoint
 from protocol.derived import MIN_REDIS_BYTES, in_flight_bytes, latent_shape, redis_bytes
 from protocol.errors import RedisError, TrainingError
-from protocol.paths import model_source
 from protocol.recipe import Recipe
 from protocol.stream import connect
 
@@ -88,7 +87,7 @@ class Driver:
     def _redis(self, stack: ExitStack) -> tuple[str, RedisKeeper]:
         """Returns the URL of the recipe's server, checked, or that of an embedded one that lives as long as we,
         and what starts that again should it die or hang: it comes back empty, and what it held is made again."""
-        redis, shape_CHW = self._recipe.redis, latent_shape(model_source(self._recipe.model.path))
+        redis, shape_CHW = self._recipe.redis, latent_shape(self._recipe)
         if redis.url is None:
             maxmemory = redis_bytes(self._recipe, shape_CHW) if shape_CHW else redis.maxmemory_bytes
             server = stack.enter_context(RedisServer(log_dir=self._run_dir.path, maxmemory_bytes=maxmemory))
@@ -102,7 +101,7 @@ def check_redis(recipe: Recipe) -> None:
     if recipe.redis.url is None:
         return
     info: Any = connect(recipe.redis.url, timeout_s=recipe.redis.timeout_s).info("memory")
-    shape_CHW = latent_shape(model_source(recipe.model.path))
+    shape_CHW = latent_shape(recipe)
     needed = in_flight_bytes(recipe, shape_CHW) + MIN_REDIS_BYTES // 4 if shape_CHW else 0
     if 0 < info["maxmemory"] < needed:
         raise RedisError(

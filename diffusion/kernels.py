@@ -16,7 +16,8 @@ from torch import Tensor
 
 from diffusion.schedules import NoiseLevel, StepConstants
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+"""What a network's output stands for: the noise, v (Salimans and Ho, arXiv 2202.00512), x0, or a flow's velocity."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ def predicted_noise_and_clean(
         return output_NCHW, (state_NCHW - noise * output_NCHW) / signal
     if prediction_type == "v_prediction":
         return signal * output_NCHW + noise * state_NCHW, signal * state_NCHW - noise * output_NCHW
+    if prediction_type == "flow":
+        return state_NCHW + signal * output_NCHW, state_NCHW - noise * output_NCHW
     return (state_NCHW - signal * output_NCHW) / noise, output_NCHW
 
 

@@ -207,7 +207,7 @@ class ImageUpdater:
         if task.opponent_UK is not None:
             error_NK = torch.cat([error_NK, task.opponent_UK[unit_N]], dim=1)
         loss, loss_N, metrics = self._objective(task, error_NK, task.weight_U[unit_N])
-        timestep_N, num_timesteps = probe.noised.timestep_UK[unit_N, 0], len(self._tools.policy.alpha_bar)
+        timestep_N, num_timesteps = probe.noised.timestep_UK[unit_N, 0], len(self._tools.policy.process)
         quartiles = {
             **by_quartile("error", error_NK[:, 0], timestep_N, num_timesteps),
             **by_quartile("loss", loss_N, timestep_N, num_timesteps),

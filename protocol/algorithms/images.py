@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from protocol.algorithms.base import Fraction, Iteration, Passes, SourceKind
+from protocol.algorithms.base import Fraction, Iteration, Passes, Prediction, SourceKind
 from protocol.section import NonNegativeFloat, PositiveFloat, Section
 
 MATCH_DPO: Literal["match_dpo"] = "match_dpo"
@@ -129,6 +129,9 @@ class _Cpo(_Preference):
 
 
 class _Perceptual(Section):
+    predictions: ClassVar[tuple[Prediction, ...]] = ("epsilon", "v_prediction", "sample")
+    """The embedding space is a U-Net's, one DDPM step further: flow-matching transformers have neither."""
+
     min_tau: Annotated[int, Field(ge=0, le=999)] = 1
     """Smallest training timestep that is drawn; at 0 every perceptual error is 0."""
     perception: Perception = Perception()

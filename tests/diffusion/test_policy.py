@@ -169,11 +169,11 @@ def test_predicted_noise_is_the_conditional_branchs_whatever_the_network_predict
     epsilon, velocity = load(tiny_model), load(tiny_velocity_model)
     states, timesteps, embeddings = items(epsilon)
     output = predict(epsilon)
-    assert torch.equal(epsilon.predict_noise(epsilon.denoiser, states, timesteps, embeddings), output)
+    assert torch.equal(epsilon.predict_target(epsilon.denoiser, states, timesteps, embeddings), output)
     # v = A noise - S x0 and x = A x0 + S noise, so noise = A v + S x; the two models' networks are the same.
     alpha_bar = epsilon.alpha_bar.double()[timesteps].view(-1, 1, 1, 1)
     expected = alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * states
-    found = velocity.predict_noise(velocity.denoiser, states, timesteps, embeddings)
+    found = velocity.predict_target(velocity.denoiser, states, timesteps, embeddings)
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
 
 
