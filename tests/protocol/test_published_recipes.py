@@ -15,6 +15,7 @@ from protocol.paths import ROOT
 from protocol.recipe import Lora, Recipe
 from protocol.recipe_file import load_recipe
 from protocol.requirements import warnings
+from tests.protocol.model_files import write_model_files
 
 PUBLISHED = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("tiny_"))
 FILTERED = ["data.0.pair_filter=absolute_winners", "data.0.latest_by=created_at"]
@@ -48,13 +49,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def with_latents(desk: Path, side: int) -> str:
     """An override that puts as much of a model as derived numbers read in the place of the hub's."""
-    unet, vae = desk / "model" / "unet", desk / "model" / "vae"
-    for folder in (unet, vae):
-        folder.mkdir(parents=True)
-    (desk / "model" / "model_index.json").write_text("{}")
-    (unet / "config.json").write_text(f'{{"sample_size": {side}, "in_channels": 4}}')
-    (vae / "config.json").write_text('{"block_out_channels": [1, 1, 1, 1]}')
-    return f"model.path={desk / 'model'}"
+    return f"model.path={write_model_files(desk / 'model', side=side)}"
 
 
 # All of them.

@@ -16,6 +16,7 @@ from protocol.derived import derived_numbers
 from protocol.errors import ModelError, RecipeError
 from protocol.recipe import Recipe
 from protocol.recipe_file import dump_recipe, load_recipe, parse_recipe
+from tests.protocol.model_files import write_model_files
 
 TINY = "recipes/tiny_prdp.yaml"
 FIXED = [
@@ -529,9 +530,7 @@ def test_the_identity_of_self_play_has_the_rounds_of_its_iterations() -> None:
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
     """As much of a model as derived numbers read."""
-    (tmp_path / "model" / "unet").mkdir(parents=True)
-    (tmp_path / "model" / "model_index.json").write_text("{}")
-    (tmp_path / "model" / "unet" / "config.json").write_text('{"sample_size": 8, "in_channels": 4}')
+    write_model_files(tmp_path / "model", side=8)
     (tmp_path / "prompts.txt").write_text("# a comment\na red seven\n\na blue one\n")
     return tmp_path / "model"
 
