@@ -67,7 +67,7 @@ def read_facts(source: str, resolution: int | None) -> ModelFacts | None:
             expected="a model in diffusers layout",
             do="correct model.path",
         ) from error
-    prediction_type = "flow" if part == "transformer" else str(scheduler.get("prediction_type", "epsilon"))
+    prediction_type = "flow" if predicts_flow(pipeline) else str(scheduler.get("prediction_type", "epsilon"))
     return ModelFacts(pipeline, prediction_type, shape_CHW, side, bool(denoiser.get("guidance_embeds")))
 
 
@@ -81,6 +81,11 @@ def check_family(name: Any, source: str) -> str:
             do="choose a base model of one of these",
         )
     return str(name)
+
+
+def predicts_flow(pipeline: str) -> bool:
+    """Returns whether a supported pipeline's models are flow-matching ones: those with a transformer are."""
+    return FAMILIES[pipeline] == "transformer"
 
 
 def latent_shape(

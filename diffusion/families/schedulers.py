@@ -20,9 +20,10 @@ from protocol.recipe import Sampler
 class DiffusionScheduler:
     """Of models that predict noise, v or x0."""
 
-    def __init__(self, source: str) -> None:
-        """Reads a folder or hub id. Raises ModelError."""
-        self._scheduler = load(DDIMScheduler, source, "scheduler")
+    def __init__(self, source: str, **corrections: int) -> None:
+        """Reads a folder or hub id. `corrections`: what the model's pipeline puts right in the scheduler's settings by
+        itself. Raises ModelError."""
+        self._scheduler = load(DDIMScheduler, source, "scheduler", **corrections)
         self.process = VariancePreserving(self._scheduler.alphas_cumprod)
         self.prediction_type: PredictionType = self._scheduler.config.prediction_type
         known = [kind for kind in get_args(PredictionType) if kind != "flow"]

@@ -33,7 +33,8 @@ class StableDiffusion:
         latent_shape_CHW: tuple[int, int, int],  # noqa: ARG002
     ) -> None:
         """Loads the text encoder and the scheduler of a folder or hub id. Raises ModelError."""
-        self.scheduler = DiffusionScheduler(source)
+        # Its pipeline switches clip_sample off too, which our steps never do.
+        self.scheduler = DiffusionScheduler(source, steps_offset=1)
         self.tokenizer = load(CLIPTokenizer, source, "tokenizer")
         self.text_encoder = load(CLIPTextModel, source, "text_encoder", dtype=dtype)
         check_tokenizer(self.tokenizer, self.text_encoder.config, source, "tokenizer")
