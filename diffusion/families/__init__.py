@@ -1,5 +1,6 @@
 """Model families: what differs between base models, one class a page. A family is found by the pipeline's name in
-`model_index.json`; another one is a class with `pipeline`, `networks`, `encode` and `call`, and a line here."""
+`model_index.json`; another one is a class with `pipeline`, `part` (what its denoiser is called there), `networks`,
+`encode` and `call`, a line here, and one in `protocol/base_model.py`."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from diffusers import DiffusionPipeline
 
 from diffusion.families.stable_diffusion import StableDiffusion
 from diffusion.families.stable_diffusion_xl import StableDiffusionXl
+from protocol.base_model import check_family
 from protocol.errors import ModelError
 
 Family = StableDiffusion | StableDiffusionXl
@@ -29,12 +31,4 @@ def family_of(source: str) -> type[Family]:
             expected="a model in diffusers layout",
             do="check model.path; a hub id needs the network or a filled cache",
         ) from error
-    name = index.get("_class_name")
-    if name not in FAMILIES:
-        raise ModelError(
-            "the base model is of a family that is not supported",
-            value=f"{name} in {source}",
-            expected=f"one of {', '.join(FAMILIES)}",
-            do="choose a base model of one of these",
-        )
-    return FAMILIES[str(name)]
+    return FAMILIES[check_family(index.get("_class_name"), source)]

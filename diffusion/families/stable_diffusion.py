@@ -17,6 +17,7 @@ class StableDiffusion:
     """What Stable Diffusion 1.x and 2.x do their own way."""
 
     pipeline = StableDiffusionPipeline
+    part = "unet"
 
     def __init__(self, source: str, dtype: torch.dtype) -> None:
         """Loads the text encoder of a folder or hub id. Raises ModelError."""
@@ -25,9 +26,9 @@ class StableDiffusion:
         check_tokenizer(self.tokenizer, self.text_encoder.config, source, "tokenizer")
 
     @property
-    def networks(self) -> list[nn.Module]:
-        """What encodes text, to be frozen and put on a device."""
-        return [self.text_encoder]
+    def networks(self) -> dict[str, nn.Module]:
+        """What encodes text, by part of the pipeline, to be frozen and put on a device."""
+        return {"text_encoder": self.text_encoder}
 
     def encode(self, prompt: str) -> Conditioning:
         """Returns one prompt, by itself. The empty one is what guidance leads away from."""

@@ -184,14 +184,14 @@ def test_only_the_trainable_part_takes_gradients(tiny_model: str) -> None:
     assert full.trainable_state().keys() == dict(full.denoiser.named_parameters()).keys()
     for policy in (lora, full):
         assert policy.vae is not None
-        for frozen in (policy.vae, *policy.family.networks):
+        for frozen in (policy.vae, *policy.family.networks.values()):
             assert not any(p.requires_grad for p in frozen.parameters())
 
 
 def test_all_networks_are_in_eval_mode(tiny_model: str) -> None:
     policy = load(tiny_model)
     assert policy.vae is not None
-    for network in (policy.denoiser, policy.vae, *policy.family.networks):
+    for network in (policy.denoiser, policy.vae, *policy.family.networks.values()):
         assert not any(module.training for module in network.modules())
 
 
