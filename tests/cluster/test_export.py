@@ -437,7 +437,7 @@ def test_an_adapter_asked_of_a_full_run_is_refused(
     refused: Callable[..., str], exports: dict[str, Exported], tmp_path: Path
 ) -> None:
     message = refused(exports["full"].run, "--out", tmp_path / "out", "--form", "lora")
-    assert "trains the whole U-Net, so there is no adapter" in message
+    assert "trains the whole denoiser, so there is no adapter" in message
     assert "--form lora" in message
 
 

@@ -312,7 +312,7 @@ def test_an_exported_full_unet_is_the_trained_one(tiny_model: str, tmp_path: Pat
 
 def test_half_precision_policy_and_reference_share_their_dtype(tiny_model: str) -> None:
     policy = load(tiny_model, dtype=torch.bfloat16)
-    dtypes = {p.dtype for p in (*policy.denoiser.parameters(), *policy.family.networks[0].parameters())}
+    dtypes = {p.dtype for p in (*policy.denoiser.parameters(), *policy.family.networks["text_encoder"].parameters())}
     assert dtypes == {torch.bfloat16}
     assert torch.equal(predict(policy), predict_reference(policy))
     assert predict(policy).dtype == torch.float32
