@@ -247,8 +247,8 @@ def _digests(card: Card) -> str:
     precision = "fp32" if lora else card.recipe.learner.precision
     return (
         f"{table}\n\nSHA-256 of names, dtypes, shapes and bytes of what was trained, as the run published it "
-        f"(`sfumato digest RUN --version {card.version}`), and of the base model's {DENOISERS[card.part]} in {precision}. "
-        "The run is a function of sfumato's code, the recipe and its seed. Nothing here is for resuming it."
+        f"(`sfumato digest RUN --version {card.version}`), and of the base model's {DENOISERS[card.part]} in "
+        f"{precision}. The run is a function of code, recipe and seed. Nothing here is for resuming it."
     )
 
 
