@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 KOHYA_STARTS = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-ENDINGS = ("to_q", "to_out.0", "proj_in", "conv1", "q_proj", "out_proj", "fc1")
+ENDINGS = ("to_q", "to_k", "to_out.0", "proj_in", "conv1", "q_proj", "out_proj", "fc1")
 """Of text encoders' attention diffusers knows the format by its out_proj."""
 
 ORIGINAL_BLOCKS = {
