@@ -173,7 +173,7 @@ def exports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     sampler = {"num_steps": 4, "guidance_scale": 3.0, "last_step": "clamp"}
     guided = make_run(desk / "guided", a_recipe(model, sampler=sampler))
     lora_and_scale = {"path": str(write_kohya(desk / "style.safetensors", model)), "scale": 0.75}
-    settings = {"path": str(model), "lora": lora_and_scale, "trainable": {"form": "lora", "rank": 3, "alpha": 2.0}}
+    settings = {"path": str(model), "lora": lora_and_scale, "trainable": {"form": "lora", "rank": 3, "alpha": 12.0}}
     started = make_run(desk / "started", pinned(a_recipe(model, model=settings)))
     made = {
         "adapter": Exported(lora, 2, desk / "a"),

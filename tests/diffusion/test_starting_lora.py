@@ -75,7 +75,7 @@ def our_chain(policy: Policy) -> Tensor:
     return Chain(policy, Sampler(num_steps=3, eta=0.0)).sample(PROMPT, SEEDS).latents_GSCHW
 
 
-@pytest.mark.parametrize(("name", "scale"), zip(KINDS, (1.0, -0.5, 2.0, 0.5, 1.0), strict=True))
+@pytest.mark.parametrize(("name", "scale"), [*zip(KINDS, (1.0, -0.5, 2.0, 0.5, 1.0), strict=True)])
 def test_the_base_draws_what_diffusers_draws_with_the_lora(desk: Path, name: str, scale: float) -> None:
     policy = policy_with(desk, name, scale=scale)
     ours = our_chain(policy)
