@@ -223,8 +223,10 @@ def _start(recipe: Recipe, options: argparse.Namespace) -> None:
     from cluster.driver import Driver, check_redis, default_run_dir
     from cluster.progress import display
     from cluster.run_dir import RunDir
+    from protocol.base_model import pinned
     from rewards.loading import pins_of, resolve
 
+    recipe = pinned(recipe)
     for reward in (*recipe.scored_rewards, *recipe.evaluation.rewards):
         # What needs an environment of its own cannot be imported here; its actor is tried before anything is sampled.
         if not pins_of(reward):

@@ -32,6 +32,7 @@ from protocol.paths import model_source
 from protocol.prompt_sets import make_lists
 from protocol.recipe import Lora, Recipe
 from protocol.seeds import Purpose, derive_seed
+from protocol.starting_lora import StartingLora, fetch
 
 if TYPE_CHECKING:
     # At run time diffusers must not be imported before our own package has silenced transformers.
@@ -112,7 +113,7 @@ def _model_findings(recipe: Recipe, device: str, learner_device: str) -> Iterato
     chain = Chain(policy, sampled.sampler)
     kind = f"{policy.prediction_type}, latents {policy.latent_shape_CHW}, {policy.dtype} on {device}"
     yield Finding("base model", "ok", f"{recipe.model.path}: {kind}, digest {policy.base_digest[:16]}")
-    yield from guarded("diffusers", lambda: check_against_diffusers(chain, source))
+    yield from guarded("diffusers", lambda: check_against_diffusers(chain, source, recipe.model.lora))
     yield from guarded("guidance 1", lambda: [check_guidance_one(chain)])
     groups = draw_groups(sampled, chain)
     torch.set_num_threads(recipe.learner.threads)
@@ -159,11 +160,13 @@ def _group(index: int, prompt: str, chain: Chain, arrays: dict[str, np.ndarray])
     )
 
 
-def check_against_diffusers(chain: Chain, source: str) -> Iterator[Finding]:
-    """Loads the model a second time, as a plain pipeline."""
+def check_against_diffusers(chain: Chain, source: str, lora: StartingLora | None) -> Iterator[Finding]:
+    """Loads the model a second time, as a plain pipeline, with the LoRA beside its weights."""
     from cluster.doctor_reference import PlainPipeline
 
     pipeline = PlainPipeline(source, chain.policy.dtype, str(chain.policy.device))
+    if lora is not None:
+        pipeline.add_lora(fetch(lora.path), lora.scale)
     yield from check_tables(chain, pipeline)
     yield from check_predictions(chain, pipeline)
 

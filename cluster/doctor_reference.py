@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -36,9 +37,17 @@ class PlainPipeline:
     def __init__(self, source: str, dtype: torch.dtype, device: str) -> None:
         with _quiet():
             absent = {name: None for name in NEVER_NEEDED if name in DiffusionPipeline.load_config(source)}
-            self._pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, **absent).to(device)
+            self._pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **absent).to(
+                device
+            )
         self._pipeline.scheduler = DDIMScheduler.from_config(self._pipeline.scheduler.config)
         self._pipeline.set_progress_bar_config(disable=True)
+
+    def add_lora(self, file: Path, scale: float) -> None:
+        """Loads a LoRA as diffusers does it."""
+        with _quiet():
+            self._pipeline.load_lora_weights(str(file), adapter_name="starting")
+            self._pipeline.set_adapters("starting", scale)
 
     @property
     def name(self) -> str:
@@ -87,6 +96,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "The following alpha_pattern keys", RuntimeWarning)
             yield
     finally:
         diffusers.utils.logging.set_verbosity(before)

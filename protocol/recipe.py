@@ -18,6 +18,7 @@ from protocol.firewall import Firewall
 from protocol.prompt_sets import Prompts
 from protocol.roles import LAYOUT, Learner, Placement, Reward
 from protocol.section import PositiveFloat, PositiveInt, Section
+from protocol.starting_lora import StartingLora
 
 RESERVED_LABELS = (
     "mean",
@@ -73,6 +74,8 @@ class Model(Section):
 
     path: str = "embedded"
     """A folder in diffusers layout, a hub id, or `embedded` for the digits model in assets/."""
+    lora: StartingLora | None = None
+    """A LoRA that is added into the base model first; null: none."""
     trainable: Trainable = Lora()
     """LoRA adapters or the full U-Net."""
     resolution: PositiveInt | None = None
@@ -364,6 +367,8 @@ class Recipe(Section):
             exclude={
                 **dict.fromkeys(("rollouts", "redis", "checkpoints", "evaluation", "supervision"), True),
                 "prompts": {"held_out"},
+                # A LoRA is what its file holds, wherever that is.
+                "model": {"lora": {"path"}} if self.model.lora and self.model.lora.digest else {},
                 "learner": {*place, *LAYOUT, "num_parity_probes", "parity_tolerance", "gradient_checkpointing"},
                 "rollout_worker": place,
                 "rewards": of_rewards,
