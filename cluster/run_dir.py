@@ -149,7 +149,7 @@ def _refuse_ray_session(path: Path) -> None:
             "the run directory is inside Ray's session folder, which does not outlive the session",
             value=str(path),
             expected="an absolute path on storage that stays, and that all nodes see",
-            do="give one with --run-dir",
+            do="give one with --run-dir, or set SFUMATO_RUNS to the folder of all runs",
         )
 
 
