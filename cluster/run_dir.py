@@ -31,7 +31,8 @@ from protocol.roles import LAYOUT
 from protocol.stream import redacted_url
 
 SCALE_FILE = ".rollouts"
-RAY_SESSION = re.compile(r"/ray/session_[^/]+(/|$)")
+RAY_SESSION = re.compile(r"/(ray/session_[^/]+|session_\d{4}(-\d\d){2}_\d\d(-\d\d){2}_\d+_\d+)(/|$)")
+"""In Ray's usual folder, or in one that `ray start --temp-dir` names."""
 
 
 def follower_dir(run_dir: Path, name: str) -> Path:

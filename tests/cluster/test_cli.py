@@ -273,8 +273,9 @@ def test_a_run_directory_below_a_file_is_refused(refused: Refused) -> None:
     assert "prompts.txt" in refused("train", "recipe.yaml", "--run-dir", "prompts.txt/run")
 
 
-def test_a_run_directory_in_a_ray_session_is_refused(refused: Refused, desk: Path) -> None:
-    session = desk / "ray" / "session_2026-01-01_00-00-00_000000_1"
+@pytest.mark.parametrize("folder", ["ray", "scratch"])
+def test_a_run_directory_in_a_ray_session_is_refused(refused: Refused, desk: Path, folder: str) -> None:
+    session = desk / folder / "session_2026-01-01_00-00-00_000000_1"
     session.mkdir(parents=True)
     message = refused("train", "recipe.yaml", "--run-dir", str(session / "run"))
     assert "inside Ray's session folder" in message
