@@ -78,7 +78,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         )
     head = Head(f"http://{HOST}:{ports['dashboard-port']}", runs)
     deadline = time.monotonic() + START_TIMEOUT_S
-    while head.job("list").returncode:
+    while "runtime started" not in (folder / "head.log").read_text() or head.job("list").returncode:
+        time.sleep(0.5)
         assert ray.poll() is None, (folder / "head.log").read_text()
         assert time.monotonic() < deadline, (folder / "head.log").read_text()
     yield head
@@ -86,7 +87,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     try:
         ray.wait(60)
     finally:
-        os.killpg(ray.pid, signal.SIGKILL) if ray.poll() is None else None
+        if ray.poll() is None:
+            os.killpg(ray.pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -108,7 +110,7 @@ def test_this_repository_runs_as_a_job_and_its_log_is_followed(head: Head) -> No
     submitted = head.job("submit", "--submission-id", "ours", "--working-dir", ".", "--", *command)
     assert submitted.returncode == 0, submitted.stdout
     assert "run directory: " in submitted.stdout
-    assert "SUCCEEDED" in head.job("status", "ours").stdout
+    assert "Job 'ours' succeeded" in head.job("status", "ours").stdout
     assert "done: " in head.job("logs", "ours").stdout
     run = head.run("tiny_prdp")
     assert len(run.metrics) == 1
@@ -119,7 +121,7 @@ def test_a_users_project_with_a_rewards_module_of_its_own_runs_as_a_job(head: He
     command = ["sfumato", "train", "mine.yaml"]
     submitted = head.job("submit", "--submission-id", "theirs", "--working-dir", ".", "--", *command, cwd=project)
     assert submitted.returncode == 0, submitted.stdout
-    assert "SUCCEEDED" in head.job("status", "theirs").stdout
+    assert "Job 'theirs' succeeded" in head.job("status", "theirs").stdout
     assert [row["reward/brightness"] > 0 for row in head.run("mine").metrics] == [True, True]
 
 
@@ -129,7 +131,7 @@ def test_a_job_that_would_keep_its_run_in_rays_session_is_refused(head: Head, pr
     assert submitted.returncode != 0
     assert "the run directory is inside Ray's session folder" in submitted.stdout
     assert "set SFUMATO_RUNS" in submitted.stdout
-    assert "FAILED" in head.job("status", "lost").stdout
+    assert "Job 'lost' failed" in head.job("status", "lost").stdout
 
 
 def test_a_job_that_is_stopped_leaves_a_checkpoint_of_all_that_was_learnt(head: Head, project: Path) -> None:
@@ -149,9 +151,10 @@ def test_a_job_that_is_stopped_leaves_a_checkpoint_of_all_that_was_learnt(head: 
     while len(rows(folder / "metrics.jsonl")) < 2:
         assert time.monotonic() < deadline, head.job("logs", "long").stdout
         time.sleep(0.2)
-    assert latest_checkpoint(folder) is None or latest_checkpoint(folder).meta.round == 0
+    before = latest_checkpoint(folder)
+    assert before is None or before.meta.round == 0
     head.job("stop", "long")
-    while "STOPPED" not in (status := head.job("status", "long").stdout):
+    while "Job 'long' was stopped" not in (status := head.job("status", "long").stdout):
         assert time.monotonic() < deadline, status
     found = latest_checkpoint(folder)
     assert found is not None
