@@ -72,10 +72,18 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     # Of an installed sfumato this is where it is.
     env = {"SFUMATO_RUNS": str(runs), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "PYTHONPATH": str(ROOT)}
     env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
-    started = subprocess.run(
-        [*command, *options], cwd=folder, env=environment(env), capture_output=True, text=True, check=False
-    )
-    assert started.returncode == 0, started.stdout + started.stderr
+    # A file, since what it starts would hold a pipe open.
+    with (folder / "head.log").open("w") as log:
+        started = subprocess.run(
+            [*command, *options],
+            cwd=folder,
+            env=environment(env),
+            stdout=log,
+            stderr=log,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    assert started.returncode == 0, (folder / "head.log").read_text()
     yield Head(f"http://{HOST}:{ports['dashboard-port']}", runs)
     # `ray stop` would end every Ray of this machine.
     for process in of_session(folder):
