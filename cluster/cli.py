@@ -83,7 +83,9 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command = commands.add_parser("train", help="run a recipe")
     command.add_argument("recipe", metavar="RECIPE", type=Path, help="a YAML file, such as recipes/tiny_prdp.yaml")
     command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
-    command.add_argument("--run-dir", type=Path, help="where the run is kept; default runs/<recipe>-<time>")
+    command.add_argument(
+        "--run-dir", type=Path, help="where the run is kept; default <recipe>-<time> in $SFUMATO_RUNS or runs/"
+    )
     command.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
     command.add_argument(
         "--dry-run", action="store_true", help="check everything, print every derived number, start nothing"
