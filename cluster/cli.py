@@ -83,7 +83,9 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command = commands.add_parser("train", help="run a recipe")
     command.add_argument("recipe", metavar="RECIPE", type=Path, help="a YAML file, such as recipes/tiny_prdp.yaml")
     command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
-    command.add_argument("--run-dir", type=Path, help="where the run is kept; default runs/<recipe>-<time>")
+    command.add_argument(
+        "--run-dir", type=Path, help="where the run is kept; default <recipe>-<time> in $SFUMATO_RUNS or runs/"
+    )
     command.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
     command.add_argument(
         "--dry-run", action="store_true", help="check everything, print every derived number, start nothing"
@@ -223,8 +225,10 @@ def _start(recipe: Recipe, options: argparse.Namespace) -> None:
     from cluster.driver import Driver, check_redis, default_run_dir
     from cluster.progress import display
     from cluster.run_dir import RunDir
+    from protocol.base_model import pinned
     from rewards.loading import pins_of, resolve
 
+    recipe = pinned(recipe)
     for reward in (*recipe.scored_rewards, *recipe.evaluation.rewards):
         # What needs an environment of its own cannot be imported here; its actor is tried before anything is sampled.
         if not pins_of(reward):

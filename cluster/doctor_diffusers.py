@@ -16,6 +16,7 @@ from diffusion.kernels import Transition, transition
 from diffusion.noise import normal
 from diffusion.policy import Policy
 from diffusion.schedules import StepConstants
+from protocol.starting_lora import StartingLora, fetch
 
 if TYPE_CHECKING:
     # At run time diffusers must not be imported before our own package has silenced transformers.
@@ -73,11 +74,13 @@ FLOW = Kind(
 )
 
 
-def check_against_diffusers(chain: Chain, source: str) -> Iterator[Finding]:
-    """Loads the model a second time, as a plain pipeline."""
+def check_against_diffusers(chain: Chain, source: str, lora: StartingLora | None) -> Iterator[Finding]:
+    """Loads the model a second time, as a plain pipeline, with the LoRA beside its weights."""
     from cluster.doctor_reference import PlainPipeline
 
     pipeline = PlainPipeline(source, chain.policy.dtype, str(chain.policy.device))
+    if lora is not None:
+        pipeline.add_lora(fetch(lora.path), lora.scale)
     yield from check_tables(chain, pipeline)
     yield from check_predictions(chain, pipeline)
 

@@ -125,14 +125,15 @@ def check_nccl(facts: TorchFacts, recipe: Recipe | None) -> Finding:
 def check_redis_server(recipe: Recipe | None) -> Finding:
     """The recipe's server answers and is fit, or one of our own can be started."""
     from cluster.redis_server import RedisServer
-    from protocol.stream import connect, redacted_url
+    from protocol.stream import connect, redacted_url, url_of
 
     try:
         if recipe is not None and recipe.redis.url is not None:
             from cluster.driver import check_redis
 
             check_redis(recipe)
-            client, where = connect(recipe.redis.url, timeout_s=recipe.redis.timeout_s), redacted_url(recipe.redis.url)
+            url = url_of(recipe.redis.url)
+            client, where = connect(url, timeout_s=recipe.redis.timeout_s), redacted_url(url)
             return _describe_redis(client.info(), where)
         with (
             tempfile.TemporaryDirectory() as folder,

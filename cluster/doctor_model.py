@@ -99,7 +99,7 @@ def _model_findings(recipe: Recipe, device: str, learner_device: str) -> Iterato
     chain = Chain(policy, sampled.sampler)
     kind = f"{policy.prediction_type}, latents {policy.latent_shape_CHW}, {policy.dtype} on {device}"
     yield Finding("base model", "ok", f"{recipe.model.path}: {kind}, digest {policy.base_digest[:16]}")
-    yield from guarded("diffusers", lambda: check_against_diffusers(chain, source))
+    yield from guarded("diffusers", lambda: check_against_diffusers(chain, source, recipe.model.lora))
     yield from guarded("guidance 1", lambda: [check_guidance_one(chain)])
     groups = draw_groups(sampled, chain)
     torch.set_num_threads(recipe.learner.threads)

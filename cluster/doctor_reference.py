@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -44,11 +45,18 @@ class PlainPipeline:
         with _quiet():
             index = DiffusionPipeline.load_config(source)
             absent = {name: None for name in index if name in NEVER_NEEDED or _left_out(index[name])}
-            self._pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, **absent).to(device)
+            loaded = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **absent)
+        self._pipeline = loaded.to(device)
         self.is_flow = hasattr(self._pipeline, "transformer")
         kind = FlowMatchEulerDiscreteScheduler if self.is_flow else DDIMScheduler
         self._pipeline.scheduler = kind.from_config(self._pipeline.scheduler.config)
         self._pipeline.set_progress_bar_config(disable=True)
+
+    def add_lora(self, file: Path, scale: float) -> None:
+        """Loads a LoRA as diffusers does it."""
+        with _quiet():
+            self._pipeline.load_lora_weights(str(file), adapter_name="starting")
+            self._pipeline.set_adapters("starting", scale)
 
     @property
     def name(self) -> str:
@@ -131,6 +139,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "The following alpha_pattern keys", RuntimeWarning)
             yield
     finally:
         diffusers.utils.logging.set_verbosity(before)

@@ -14,6 +14,7 @@ as the recipe's `supervision` says.
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +25,7 @@ import ray
 from cluster import launch
 from cluster.attempt import Attempt, LearnerLostError, Show, Status
 from cluster.environments import prepare
+from cluster.nodes import wait_for_nodes
 from cluster.redis_server import ForeignRedis, RedisKeeper, RedisServer
 from cluster.run_dir import RunDir
 from cluster.signals import interrupt_on_sigterm
@@ -32,7 +34,7 @@ from learner.checkpoint import latest_checkpoint
 from protocol.derived import MIN_REDIS_BYTES, in_flight_bytes, latent_shape, redis_bytes
 from protocol.errors import RedisError, TrainingError
 from protocol.recipe import Recipe
-from protocol.stream import connect
+from protocol.stream import connect, url_of
 
 
 class Driver:
@@ -52,7 +54,7 @@ class Driver:
             launch.connect_ray(self._recipe, debug=self._debug)
             interrupt_on_sigterm()
             stack.callback(ray.shutdown)
-            launch.check_cluster(self._recipe)
+            wait_for_nodes(self._recipe, self._tell)
             while True:
                 try:
                     # Each time, for nodes that have joined meanwhile.
@@ -93,14 +95,14 @@ class Driver:
             server = stack.enter_context(RedisServer(log_dir=self._run_dir.path, maxmemory_bytes=maxmemory))
             return server.url, server
         check_redis(self._recipe)
-        return redis.url, ForeignRedis()
+        return url_of(redis.url), ForeignRedis()
 
 
 def check_redis(recipe: Recipe) -> None:
     """Raises RedisError unless the recipe's own server answers and can hold what may be in flight."""
     if recipe.redis.url is None:
         return
-    info: Any = connect(recipe.redis.url, timeout_s=recipe.redis.timeout_s).info("memory")
+    info: Any = connect(url_of(recipe.redis.url), timeout_s=recipe.redis.timeout_s).info("memory")
     shape_CHW = latent_shape(recipe)
     needed = in_flight_bytes(recipe, shape_CHW) + MIN_REDIS_BYTES // 4 if shape_CHW else 0
     if 0 < info["maxmemory"] < needed:
@@ -113,5 +115,5 @@ def check_redis(recipe: Recipe) -> None:
 
 
 def default_run_dir(recipe_path: Path) -> Path:
-    """Returns runs/<recipe>-<time> in the working directory."""
-    return Path("runs") / f"{recipe_path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Returns <recipe>-<time> in $SFUMATO_RUNS, or in runs/ in the working directory."""
+    return Path(os.environ.get("SFUMATO_RUNS") or "runs") / f"{recipe_path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"

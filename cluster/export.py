@@ -1,7 +1,7 @@
 """`sfumato export`: a version of a run as files that other tools load, with a model card. For *inference* alone.
 
 checkpoints/round-N/versions/ -> weights, digest checked -> pytorch_lora_weights.safetensors   --form lora
-                                                        `-> unet/, beside the base's parts     --form pipeline
+                                                        `-> its network, beside the base's     --form pipeline
 recipe.yaml  samples/  evaluation.json ------------------> README.md  images/                  (cluster/model_card.py)
 
 The folder is written beside its place and then renamed: it is complete or not there.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from cluster.evaluate import Evaluation
-from cluster.model_card import ADAPTER_FILE, AFTER, BEFORE, Card, Form, model_card
+from cluster.model_card import AFTER, BEFORE, Card, Form, model_card
 from cluster.run_dir import home_of, read_recipe
 from cluster.sources import read_plan
 from cluster.verify import Row, read_lines
@@ -29,9 +29,6 @@ from diffusion.weights import unpack, weights_digest
 from learner.checkpoint import Checkpoint, checkpoints_in
 from protocol.errors import ModelError, RecipeError, RunDirError
 from protocol.recipe import Full, Recipe
-
-TRAINED = "unet"
-"""The part of a pipeline that is trained; all others are the base model's, byte for byte."""
 
 INDEX = "model_index.json"
 COPIED = ("*.json", "*.txt", "*.model", "*.safetensors")
@@ -68,6 +65,7 @@ def export_run(
         sources=read_plan(recipe, home_of(run_dir)).sources,
         evaluation=evaluation,
         has_images=bool(pictures),
+        part=base.family.part,
     )
     _write(out, _tuned_policy(base, recipe, state, form), card, pictures)
     return _numbers(card, out)
@@ -105,7 +103,7 @@ def _form(recipe: Recipe, form: Form | None) -> Form:
     if isinstance(recipe.model.trainable, Full):
         if form == "lora":
             raise RecipeError(
-                "this run trains the whole U-Net, so there is no adapter to export",
+                "this run trains the whole denoiser, so there is no adapter to export",
                 value="--form lora",
                 expected="--form pipeline, which is its default",
             )
@@ -189,8 +187,9 @@ def _check_base(policy: Policy, run_dir: Path) -> None:
         raise ModelError(
             f"the base model {policy.source} is not the one that this run was trained from",
             value=policy.base_digest[:16],
-            expected=f"a U-Net whose digest starts with {' or '.join(sorted(map(str, known)))}",
-            do="put the base model back in its place",
+            expected=f"a {policy.family.part} (with its starting LoRA) whose digest starts with "
+            f"{' or '.join(sorted(map(str, known)))}",
+            do="put the base model, or the LoRA that the run started from, back in its place",
         )
 
 
@@ -212,9 +211,11 @@ def _write(out: Path, policy: Policy, card: Card, pictures: dict[str, Path]) -> 
         folder = Path(name) / "export"
         folder.mkdir()
         if card.form == "pipeline":
-            _copy_base(policy.source, folder)
+            _copy_base(policy.source, folder, policy.changed_networks.keys())
             _fuse(policy)
-        _write_weights(policy, folder, card.form)
+            policy.save_networks(folder)
+        else:
+            policy.export(folder)
         (folder / "README.md").write_text(model_card(card), encoding="utf-8")
         for relative, file in pictures.items():
             (folder / relative).parent.mkdir(exist_ok=True)
@@ -229,21 +230,14 @@ def _fuse(policy: Policy) -> None:
         policy.denoiser.unload_lora()
 
 
-def _write_weights(policy: Policy, folder: Path, form: Form) -> None:
-    if form == "lora":
-        policy.export(folder)
-        assert (folder / ADAPTER_FILE).is_file()
-    else:
-        policy.denoiser.save_pretrained(folder / TRAINED)
-
-
-def _copy_base(source: str, folder: Path) -> None:
-    """Copies all parts of a base pipeline but the trained one. Raises ModelError for parts that cannot be copied."""
-    base = _base_folder(source)
+def _copy_base(source: str, folder: Path, changed: Collection[str]) -> None:
+    """Copies all parts of a base pipeline but those that are written anew, byte for byte. Raises ModelError for parts
+    that cannot be copied."""
+    base = _base_folder(source, changed)
     index = json.loads((base / INDEX).read_text())
     shutil.copyfile(base / INDEX, folder / INDEX)
     for part, kind in index.items():
-        if part == TRAINED or not isinstance(kind, list) or kind[0] is None:
+        if part in changed or not isinstance(kind, list) or kind[0] is None:
             continue
         files = _files(base / part)
         has_weights = any(file.suffix == ".safetensors" for file in files)
@@ -269,15 +263,16 @@ def _matches(file: Path, patterns: Sequence[str]) -> bool:
     return any(fnmatch(file.name, pattern) for pattern in patterns)
 
 
-def _base_folder(source: str) -> Path:
+def _base_folder(source: str, changed: Collection[str]) -> Path:
     """Returns where the base model's files are: its folder, or the cache of what the hub has of it."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
 
     wanted = [INDEX, *(f"*/{pattern}" for pattern in COPIED)]
+    never = [*(f"{part}/*" for part in changed), *VARIANTS]
     try:
-        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=[f"{TRAINED}/*", *VARIANTS]))
+        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=never))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the base model {source} cannot be had whole: {str(error).strip().splitlines()[0][:200]}",

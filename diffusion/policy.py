@@ -28,6 +28,15 @@ from diffusion.families.loading import load, load_config
 from diffusion.kernels import PredictionType, guide
 from diffusion.process import Process, VariancePreserving
 from diffusion.schedules import StepConstants
+from diffusion.starting_lora import (
+    Layers,
+    adapter_layers,
+    add_to_weights,
+    joined,
+    read_starting_lora,
+    save_layers,
+    tensors_of,
+)
 from diffusion.weights import State, weights_digest
 from protocol.errors import ModelError
 from protocol.models import latent_shape, vae_factor
@@ -35,6 +44,7 @@ from protocol.paths import model_source
 from protocol.recipe import Full, Lora, Recipe, Sampler
 from protocol.requirements import check_model
 from protocol.seeds import Purpose, derive_seed
+from protocol.starting_lora import StartingLora
 
 # Every process of a run loads the model; their progress bars would bury the run's own.
 diffusers.utils.logging.disable_progress_bar()
@@ -64,24 +74,33 @@ class Policy:
         device: torch.device | str = "cpu",
         with_decoder: bool = True,
         resolution: int | None = None,
+        lora: StartingLora | None = None,
     ) -> None:
-        """Loads a folder or hub id, for images of `resolution` pixels or the model's own size. `seed` fixes the
-        adapters' initial weights. Raises ModelError."""
+        """Loads a folder or hub id, for images of `resolution` pixels or the model's own size, and adds `lora` into it.
+        `seed` fixes the adapters' initial weights. Raises ModelError."""
         self.source, self.dtype, self.device = source, dtype, torch.device(device)
         self.trainable = trainable
+        # Added to weights of half precision, most of a LoRA would be rounded away.
+        loaded = dtype if lora is None else torch.float32
         kind = family_of(source)
-        self.denoiser = self._frozen(load(kind.denoiser, source, kind.part, torch_dtype=dtype))
+        self.denoiser = load(kind.denoiser, source, kind.part, torch_dtype=loaded)
         vae_config = load_config(AutoencoderKL, source, "vae")
         self._vae_factor = vae_factor(vae_config)
         self.latent_shape_CHW = latent_shape(kind.pipeline.__name__, self.denoiser.config, vae_config, resolution)
-        self.family = kind(source, dtype, self.latent_shape_CHW)
-        for network in self.family.networks:
+        self.family = kind(source, loaded, self.latent_shape_CHW)
+        networks = {self.family.part: self.denoiser, **self.family.networks}
+        self.starting: Layers = {} if lora is None else read_starting_lora(lora, self.family.pipeline, networks)
+        """The layers of the starting LoRA, which are in the weights."""
+        # Of what is added, not of the sum, whose last bits differ between machines.
+        self.base_digest = weights_digest({**self.denoiser.state_dict(), **tensors_of(self.starting)})
+        if self.starting:
+            add_to_weights(self.starting, networks, dtype)
+        for network in networks.values():
             self._frozen(network)
         self.process = self._placed(self.family.scheduler.process)
         self.vae: AutoencoderKL | None = None
         if with_decoder:
             self.vae = self._frozen(load(AutoencoderKL, source, "vae", torch_dtype=dtype))
-        self.base_digest = weights_digest(self.denoiser.state_dict())
         self._encoded: dict[str, Conditioning] = {}
         self._frozen_denoiser: Any = None
         self._adapters_enabled = True
@@ -100,6 +119,7 @@ class Policy:
             device=device,
             with_decoder=with_decoder,
             resolution=recipe.model.resolution,
+            lora=recipe.model.lora,
         )
         # A hub id's files are seen here first.
         check_model(recipe, policy.prediction_type)
@@ -245,18 +265,26 @@ class Policy:
             self._frozen_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False)
 
     def export(self, folder: Path) -> None:
-        """Writes what a plain diffusers pipeline loads: `pytorch_lora_weights.safetensors` for
-        `load_lora_weights`, or a `unet/` or `transformer/` folder for its class's `from_pretrained`."""
+        """Writes what a plain diffusers pipeline loads: `pytorch_lora_weights.safetensors` for `load_lora_weights` on
+        the base model, which has the starting LoRA's layers too, or a folder for each network that is not the base's.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.trainable, Full):
-            self.denoiser.save_pretrained(folder / self.family.part)
+            self.save_networks(folder)
             return
-        layers = {name: t.detach().cpu().float() for name, t in get_peft_model_state_dict(self.denoiser).items()}
-        # Without its metadata a reader would take alpha to be the rank.
-        metadata = self.denoiser.peft_config["default"].to_dict()
-        part = self.family.part
-        named = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
-        self.family.pipeline.save_lora_weights(str(folder), **named)
+        trained = adapter_layers(get_peft_model_state_dict(self.denoiser), self.trainable.alpha / self.trainable.rank)
+        save_layers(joined(self.starting, {self.family.part: trained}), self.family.pipeline, folder)
+
+    def save_networks(self, folder: Path) -> None:
+        """Writes the denoiser and the text encoders that the starting LoRA has changed, each to a folder of its own."""
+        for part, network in self.changed_networks.items():
+            network.save_pretrained(folder / part)
+
+    @property
+    def changed_networks(self) -> dict[str, Any]:
+        """The networks that are not the base model's, by part of the pipeline."""
+        encoders = {part: network for part, network in self.family.networks.items() if part in self.starting}
+        return {self.family.part: self.denoiser, **encoders}
 
     def _switch_adapters(self, enabled: bool) -> None:
         if enabled != self._adapters_enabled:

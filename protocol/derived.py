@@ -20,6 +20,7 @@ from protocol.algorithms import (
     Spin,
     SpinExact,
 )
+from protocol.base_model import check_base_model, check_starting_lora, told
 from protocol.datasets import locate
 from protocol.errors import RecipeError
 from protocol.models import ModelFacts, read_facts
@@ -89,6 +90,8 @@ def redis_bytes(recipe: Recipe, shape_CHW: tuple[int, int, int]) -> int:
 
 def check_before_start(recipe: Recipe) -> None:
     """Raises for what can be seen to fail without starting anything: model, prompts, sizes."""
+    check_base_model(model_source(recipe.model.path))
+    check_starting_lora(recipe.model)
     facts = facts_of(recipe)
     if facts is not None:
         check_model(recipe, facts.prediction_type)
@@ -115,6 +118,7 @@ def derived_numbers(recipe: Recipe) -> dict[str, str]:
     algorithm, batch, sampler, learner = recipe.algorithm, recipe.batch, recipe.sampler, recipe.learner
     num_steps = recipe.rounds * algorithm.num_steps_per_round
     numbers = {
+        **_lora(recipe),
         **_sources(recipe),
         "groups a round": f"{batch.num_groups}, {batch.num_groups // learner.world_size} a rank",
         "optimizer steps": f"{num_steps} ({algorithm.num_steps_per_round} a round)",
@@ -142,6 +146,11 @@ def derived_numbers(recipe: Recipe) -> dict[str, str]:
     if shape_CHW is None:
         return {**numbers, "latent shape": f"known once {recipe.model.path} is on disk"}
     return {**numbers, **_latent_numbers(recipe, shape_CHW)}
+
+
+def _lora(recipe: Recipe) -> dict[str, str]:
+    lora = recipe.model.lora
+    return {"starts from the LoRA": told(lora, check_starting_lora(recipe.model))} if lora else {}
 
 
 def _firewall(recipe: Recipe) -> dict[str, str]:

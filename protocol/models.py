@@ -10,13 +10,24 @@ from typing import Any
 
 from protocol.errors import ModelError
 
-FAMILIES = {
-    "StableDiffusionPipeline": "unet",
-    "StableDiffusionXLPipeline": "unet",
-    "StableDiffusion3Pipeline": "transformer",
-    "FluxPipeline": "transformer",
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "StableDiffusionPipeline": ("unet", "vae", "scheduler", "text_encoder", "tokenizer"),
+    "StableDiffusionXLPipeline": (
+        *("unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    ),
+    "StableDiffusion3Pipeline": (
+        *("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3"),
+        *("tokenizer", "tokenizer_2", "tokenizer_3"),
+    ),
+    "FluxPipeline": (
+        *("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    ),
 }
-"""Supported families, by the pipeline's name in model_index.json, and the folder of the network that is trained."""
+"""Supported families, by the pipeline's name in model_index.json, and the parts that we load; the network that is
+trained is first."""
+
+MAY_BE_LEFT_OUT = ("text_encoder_3", "tokenizer_3")
+"""Stable Diffusion 3's T5, by far its largest encoder."""
 
 FLUX_PATCH = 2
 """FLUX packs latents into tokens outside of its network."""
@@ -43,7 +54,7 @@ class ModelFacts:
     @property
     def part(self) -> str:
         """The folder of the network that is trained."""
-        return FAMILIES[self.pipeline]
+        return FAMILIES[self.pipeline][0]
 
 
 def read_facts(source: str, resolution: int | None) -> ModelFacts | None:
@@ -52,7 +63,7 @@ def read_facts(source: str, resolution: int | None) -> ModelFacts | None:
     if not folder.is_dir():
         return None
     pipeline = check_family(_read(folder / "model_index.json", source).get("_class_name"), source)
-    part = FAMILIES[pipeline]
+    part = FAMILIES[pipeline][0]
     denoiser, vae, scheduler = (
         _read(folder / name / file, source)
         for name, file in ((part, "config.json"), ("vae", "config.json"), ("scheduler", "scheduler_config.json"))
@@ -85,7 +96,15 @@ def check_family(name: Any, source: str) -> str:
 
 def predicts_flow(pipeline: str) -> bool:
     """Returns whether a supported pipeline's models are flow-matching ones: those with a transformer are."""
-    return FAMILIES[pipeline] == "transformer"
+    return FAMILIES[pipeline][0] == "transformer"
+
+
+def parts_of(folder: Path) -> tuple[str, ...]:
+    """Returns the parts that a model folder must have, the network that is trained first. Raises ModelError."""
+    index = _read(folder / "model_index.json", str(folder))
+    parts = FAMILIES[check_family(index.get("_class_name"), str(folder))]
+    left_out = [part for part in MAY_BE_LEFT_OUT if index.get(part, (None, None))[0] is None]
+    return tuple(part for part in parts if part not in left_out)
 
 
 def latent_shape(
@@ -100,7 +119,7 @@ def latent_shape(
     else:
         size = denoiser["sample_size"]
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        if FAMILIES[pipeline] == "unet":
+        if FAMILIES[pipeline][0] == "unet":
             unit, largest = 2 ** (len(denoiser["block_out_channels"]) - 1), None
         else:
             unit = denoiser["patch_size"]
@@ -130,9 +149,8 @@ def _read(file: Path, source: str) -> dict[str, Any]:
         return content
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"the {file.parent.name if file.name != 'model_index.json' else 'model_index.json'} of the base model "
-            f"cannot be read: {error}",
+            f"the base model's {file.relative_to(source)} cannot be read: {error}",
             value=source,
             expected="a model in diffusers layout",
-            do="correct model.path",
+            do="correct model.path, or fetch the model again",
         ) from error

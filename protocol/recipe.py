@@ -17,7 +17,8 @@ from protocol.datasets import Dataset
 from protocol.firewall import Firewall
 from protocol.prompt_sets import Prompts
 from protocol.roles import LAYOUT, Learner, Placement, Reward
-from protocol.section import PositiveFloat, PositiveInt, Section
+from protocol.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from protocol.starting_lora import StartingLora
 
 RESERVED_LABELS = (
     "mean",
@@ -73,6 +74,8 @@ class Model(Section):
 
     path: str = "embedded"
     """A folder in diffusers layout, a hub id, or `embedded` for the digits model in assets/."""
+    lora: StartingLora | None = None
+    """A LoRA that is added into the base model first; null: none."""
     trainable: Trainable = Lora()
     """LoRA adapters or the full U-Net."""
     resolution: PositiveInt | None = None
@@ -158,7 +161,8 @@ class Redis(Section):
     """The trajectory buffer. It is disposable: whatever is lost in it is made again."""
 
     url: str | None = None
-    """redis:// or rediss:// URL of a server to attach to; null starts an embedded one on loopback."""
+    """redis:// or rediss:// URL of a server to attach to, or `env:NAME`, the environment variable of the driver that
+    holds it; null starts an embedded one on loopback."""
     maxmemory_bytes: PositiveInt | None = None
     """Memory limit of the embedded server; null: four times what the recipe can have in flight."""
     num_shards: PositiveInt | None = None
@@ -203,6 +207,8 @@ class Supervision(Section):
 
     start_timeout_s: PositiveFloat = 300.0
     """How long the processes of a run may take to start."""
+    node_timeout_s: NonNegativeFloat = 0.0
+    """How long a run may wait for nodes that an autoscaler starts for it; 0: what the roles ask for must be there."""
     stall_timeout_s: PositiveFloat = 1800.0
     """A learner rank or rollout actor without progress for this long is treated as dead."""
     answer_timeout_s: PositiveFloat = 60.0
@@ -364,6 +370,8 @@ class Recipe(Section):
             exclude={
                 **dict.fromkeys(("rollouts", "redis", "checkpoints", "evaluation", "supervision"), True),
                 "prompts": {"held_out"},
+                # A LoRA is what its file holds, wherever that is.
+                "model": {"lora": {"path"}} if self.model.lora and self.model.lora.digest else {},
                 "learner": {*place, *LAYOUT, "num_parity_probes", "parity_tolerance", "gradient_checkpointing"},
                 "rollout_worker": place,
                 "rewards": of_rewards,

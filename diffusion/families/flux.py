@@ -42,9 +42,9 @@ class Flux:
         self.embeds_guidance = bool(load_config(FluxTransformer2DModel, source, "transformer")["guidance_embeds"])
 
     @property
-    def networks(self) -> list[nn.Module]:
-        """What encodes text, to be frozen and put on a device."""
-        return [self.clip, self.t5]
+    def networks(self) -> dict[str, nn.Module]:
+        """What encodes text, by part of the pipeline, to be frozen and put on a device."""
+        return {"text_encoder": self.clip, "text_encoder_2": self.t5}
 
     def encode(self, prompt: str) -> Conditioning:
         """Returns one prompt, by itself: T5's tokens, and CLIP's pooled text."""

@@ -6,12 +6,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from protocol.errors import ModelError
 
 
 def load(kind: Any, source: str, part: str, **options: Any) -> Any:
-    """Returns a part of a model folder or hub id. Raises ModelError."""
-    return _explained(kind.from_pretrained, source, part, **options)
+    """Returns a part of a model folder or hub id; a network's weights are read from safetensors alone, never from
+    pickles. Raises ModelError."""
+    only = {"use_safetensors": True} if issubclass(kind, nn.Module) else {}
+    return _explained(kind.from_pretrained, source, part, **only, **options)
 
 
 def load_config(kind: Any, source: str, part: str) -> dict[str, Any]:

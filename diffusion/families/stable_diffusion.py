@@ -40,9 +40,9 @@ class StableDiffusion:
         check_tokenizer(self.tokenizer, self.text_encoder.config, source, "tokenizer")
 
     @property
-    def networks(self) -> list[nn.Module]:
-        """What encodes text, to be frozen and put on a device."""
-        return [self.text_encoder]
+    def networks(self) -> dict[str, nn.Module]:
+        """What encodes text, by part of the pipeline, to be frozen and put on a device."""
+        return {"text_encoder": self.text_encoder}
 
     def encode(self, prompt: str) -> Conditioning:
         """Returns one prompt, by itself. The empty one is what guidance leads away from."""

@@ -45,9 +45,10 @@ class StableDiffusion3:
         self.scheduler = FlowScheduler(source, num_tokens, even_shares=False)
 
     @property
-    def networks(self) -> list[nn.Module]:
-        """What encodes text, to be frozen and put on a device."""
-        return [*self.clips, *([self.t5] if self.t5 is not None else [])]
+    def networks(self) -> dict[str, nn.Module]:
+        """What encodes text, by part of the pipeline, to be frozen and put on a device."""
+        clips = dict(zip(("text_encoder", "text_encoder_2"), self.clips, strict=True))
+        return clips if self.t5 is None else {**clips, "text_encoder_3": self.t5}
 
     def encode(self, prompt: str) -> Conditioning:
         """Returns one prompt, by itself: both CLIPs' last hidden layer but one side by side, filled with zeros to T5's

@@ -41,9 +41,9 @@ class StableDiffusionXl:
         self._empty_is_zero = bool(DiffusionPipeline.load_config(source).get("force_zeros_for_empty_prompt", True))
 
     @property
-    def networks(self) -> list[nn.Module]:
-        """What encodes text, to be frozen and put on a device."""
-        return [*self.text_encoders]
+    def networks(self) -> dict[str, nn.Module]:
+        """What encodes text, by part of the pipeline, to be frozen and put on a device."""
+        return dict(zip(("text_encoder", "text_encoder_2"), self.text_encoders, strict=True))
 
     def encode(self, prompt: str) -> Conditioning:
         """Returns one prompt, by itself: both encoders' last hidden layer but one, and the second's pooled text. The

@@ -5,7 +5,7 @@ streams       the keys of one attempt of a run; the life of every queue is drawn
 reader        a learner rank's cursors over its shards
 """
 
-from protocol.stream.connection import connect, redacted_url
+from protocol.stream.connection import connect, redacted_url, url_of
 from protocol.stream.reader import Arrival, DeadLetter, GroupReader
 from protocol.stream.streams import Claim, QueueDepth, Streams
 
@@ -18,4 +18,5 @@ __all__ = [
     "Streams",
     "connect",
     "redacted_url",
+    "url_of",
 ]

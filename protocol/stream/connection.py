@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -17,6 +18,8 @@ from protocol.errors import RedisError
 
 OLDEST_SERVER = (6, 2)
 """XPENDING ... IDLE and XTRIM ... MINID came with Redis 6.2."""
+
+FROM_ENVIRONMENT = "env:"
 
 _REFUSALS = (redis_errors.AuthenticationError, redis_errors.NoPermissionError)
 _RAY = "Ray's own head node listens on 6379"
@@ -50,8 +53,28 @@ def connect(url: str, *, timeout_s: float) -> redis.Redis:
     return client
 
 
+def url_of(named: str) -> str:
+    """Returns what the environment variable NAME holds for `env:NAME`, and any other URL as it stands.
+
+    The variable is read where this is called: of a run by its driver, which tells the others.
+    """
+    if not named.startswith(FROM_ENVIRONMENT):
+        return named
+    if url := os.environ.get(named.removeprefix(FROM_ENVIRONMENT)):
+        return url
+    raise RedisError(
+        "the recipe takes the Redis URL from an environment variable that is not set here",
+        value=named,
+        expected="redis://[user][:password]@host:port/db in that variable, where the driver runs",
+        do="set it, or set redis.url=null for a server of our own where the cluster is one machine",
+    )
+
+
 def redacted_url(url: str) -> str:
-    """Returns `scheme://host:port/db` without user and password, or raises `RedisError` about its form."""
+    """Returns `scheme://host:port/db` without user and password, `env:NAME` as it stands, or raises `RedisError` about
+    its form."""
+    if url.startswith(FROM_ENVIRONMENT):
+        return url
     expected = "redis://[user][:password]@host:port/db or rediss://... for TLS"
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in ("redis", "rediss"):

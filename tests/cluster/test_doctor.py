@@ -26,6 +26,7 @@ from learner.batching import stack_groups
 from protocol.recipe import Recipe
 from protocol.recipe_file import parse_recipe
 from protocol.stream import connect
+from tests.loras import write_kohya
 from tests.models import make_tiny_model
 
 SAMPLER = {"num_steps": 4, "guidance_scale": 2.0}
@@ -133,6 +134,16 @@ def test_a_sound_model_has_no_finding_and_every_comparison_has_a_number(
         assert number is not None
         assert limit is not None
         assert 0 <= number <= limit
+
+
+def test_the_base_with_a_lora_is_held_against_diffusers_with_that_lora(model: Path, tmp_path: Path) -> None:
+    lora = {"path": str(write_kohya(tmp_path / "style.safetensors", model)), "scale": 0.5}
+    recipe = recipe_of(model, model={"path": str(model), "lora": lora})
+    chain = Chain(Policy.from_recipe(recipe, with_decoder=False), recipe.sampler)
+    found = {f.name: f for f in doctor_diffusers.check_against_diffusers(chain, str(model), recipe.model.lora)}
+    assert found["prediction, guided"].verdict == "ok"
+    without = {f.name: f for f in doctor_diffusers.check_against_diffusers(chain, str(model), None)}
+    assert without["prediction, guided"].verdict == "error"
 
 
 @pytest.mark.parametrize(

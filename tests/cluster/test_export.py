@@ -32,12 +32,14 @@ from diffusion.fingerprint import fingerprint
 from diffusion.policy import Policy
 from diffusion.weights import pack, unpack, weights_digest
 from learner.checkpoint import Meta, begin, commit, latest_checkpoint
+from protocol.base_model import pinned
 from protocol.paths import ROOT
 from protocol.recipe import Recipe
 from protocol.recipe_file import dump_recipe, load_recipe, parse_recipe
 from protocol.seeds import Purpose, derive_seed
 from protocol.tickets import evaluation_seeds
 from sfumato import PACKAGES
+from tests.loras import write_kohya
 from tests.models import make_tiny_model
 from tests.rewards.hub_cache import add_repository
 
@@ -170,6 +172,9 @@ def exports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     half = make_run(desk / "half", a_recipe(model, learner={"precision": "bf16"}))
     sampler = {"num_steps": 4, "guidance_scale": 3.0, "last_step": "clamp"}
     guided = make_run(desk / "guided", a_recipe(model, sampler=sampler))
+    lora_and_scale = {"path": str(write_kohya(desk / "style.safetensors", model)), "scale": 0.75}
+    settings = {"path": str(model), "lora": lora_and_scale, "trainable": {"form": "lora", "rank": 3, "alpha": 12.0}}
+    started = make_run(desk / "started", pinned(a_recipe(model, model=settings)))
     made = {
         "adapter": Exported(lora, 2, desk / "a"),
         "older adapter": Exported(lora, 1, desk / "b"),
@@ -177,6 +182,8 @@ def exports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         "full": Exported(full, 2, desk / "d"),
         "fused in half precision": Exported(half, 2, desk / "e"),
         "guided adapter": Exported(guided, 2, desk / "f"),
+        "adapter on a lora": Exported(started, 2, desk / "g"),
+        "fused on a lora": Exported(started, 2, desk / "h"),
     }
     export_run(lora, made["adapter"].folder)
     export_run(lora, made["older adapter"].folder, version=1)
@@ -184,10 +191,15 @@ def exports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     export_run(full, made["full"].folder)
     export_run(half, made["fused in half precision"].folder, form="pipeline")
     export_run(guided, made["guided adapter"].folder)
+    export_run(started, made["adapter on a lora"].folder)
+    export_run(started, made["fused on a lora"].folder, form="pipeline")
     return made
 
 
-KINDS = ("adapter", "older adapter", "fused", "full", "fused in half precision", "guided adapter")
+KINDS = (
+    *("adapter", "older adapter", "fused", "full", "fused in half precision", "guided adapter"),
+    *("adapter on a lora", "fused on a lora"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +238,7 @@ def drawn(exports: dict[str, Exported], tmp_path_factory: pytest.TempPathFactory
 def our_images(export: Exported, *, tuned: bool = True) -> np.ndarray:
     """What our sampler draws of a version, without noise in its steps, as uint8 (N, H, W, 3)."""
     recipe = read_recipe(export.run)
-    policy = Policy(recipe.model.path, trainable=recipe.model.trainable, seed=recipe.seed)
+    policy = Policy(recipe.model.path, trainable=recipe.model.trainable, seed=recipe.seed, lora=recipe.model.lora)
     torch.set_num_threads(1)
     if tuned:
         (file,) = export.run.glob(f"checkpoints/*/versions/{export.version:06d}.safetensors")
@@ -277,6 +289,25 @@ def test_a_pipeline_is_the_bases_files_but_for_the_unet(exports: dict[str, Expor
     tuned, base = load_file(folder / weights), load_file(model / weights)
     assert {key: tensor.shape for key, tensor in tuned.items()} == {key: base[key].shape for key in base}
     assert {tensor.dtype for tensor in tuned.values()} == {torch.float32}
+
+
+def test_of_a_run_from_a_lora_the_text_encoder_is_written_anew(exports: dict[str, Exported], model: Path) -> None:
+    folder = exports["fused on a lora"].folder
+    same = {file for file in files(model) if (folder / file).read_bytes() == (model / file).read_bytes()}
+    anew = {file.split("/")[0] for file in files(model) - same}
+    assert anew == {"unet", "text_encoder"}
+    assert files(exports["adapter on a lora"].folder) == {"pytorch_lora_weights.safetensors", *CARD_AND_IMAGES}
+
+
+def test_the_card_names_the_lora_that_a_run_started_from(exports: dict[str, Exported]) -> None:
+    lora = read_recipe(exports["adapter on a lora"].run).model.lora
+    assert lora is not None
+    for name, told in (("adapter", "holds both, for the plain base model"), ("fused", "has it added in")):
+        card = exports[f"{name} on a lora"].card
+        assert f"The run started from the LoRA `{lora.path}` at scale 0.75; what is here {told}" in card
+        assert f"| LoRA that it started from, its file | `{lora.digest}` |" in card
+        assert "| base model's U-Net, and LoRA |" in card
+    assert "started from the LoRA" not in exports["adapter"].card
 
 
 def test_of_a_full_run_every_weight_is_the_published_one(exports: dict[str, Exported]) -> None:
@@ -437,7 +468,7 @@ def test_an_adapter_asked_of_a_full_run_is_refused(
     refused: Callable[..., str], exports: dict[str, Exported], tmp_path: Path
 ) -> None:
     message = refused(exports["full"].run, "--out", tmp_path / "out", "--form", "lora")
-    assert "trains the whole U-Net, so there is no adapter" in message
+    assert "trains the whole denoiser, so there is no adapter" in message
     assert "--form lora" in message
 
 
@@ -485,15 +516,11 @@ def test_another_base_model_than_the_runs_is_refused(
     assert f"the base model {base} is not the one that this run was trained from" in message
 
 
-@pytest.mark.parametrize("missing", ["vae/diffusion_pytorch_model.safetensors", "vae"])
 def test_a_base_model_that_cannot_be_copied_whole_is_refused_for_a_pipeline_alone(
-    refused: Callable[..., str], run: Path, model: Path, tmp_path: Path, missing: str
+    refused: Callable[..., str], run: Path, model: Path, tmp_path: Path
 ) -> None:
-    base = copied_base(run, model, tmp_path / "base")
-    if (base / missing).is_dir():
-        shutil.rmtree(base / missing)
-    else:
-        (base / missing).rename((base / missing).with_suffix(".bin"))
+    weights = copied_base(run, model, tmp_path / "base") / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
     message = refused(run, "--out", tmp_path / "out", "--form", "pipeline")
     assert "the vae of the base model has no files that could be copied" in message
     assert "export with --form lora" in message

@@ -184,14 +184,14 @@ def test_only_the_trainable_part_takes_gradients(tiny_model: str) -> None:
     assert full.trainable_state().keys() == dict(full.denoiser.named_parameters()).keys()
     for policy in (lora, full):
         assert policy.vae is not None
-        for frozen in (policy.vae, *policy.family.networks):
+        for frozen in (policy.vae, *policy.family.networks.values()):
             assert not any(p.requires_grad for p in frozen.parameters())
 
 
 def test_all_networks_are_in_eval_mode(tiny_model: str) -> None:
     policy = load(tiny_model)
     assert policy.vae is not None
-    for network in (policy.denoiser, policy.vae, *policy.family.networks):
+    for network in (policy.denoiser, policy.vae, *policy.family.networks.values()):
         assert not any(module.training for module in network.modules())
 
 
@@ -312,7 +312,7 @@ def test_an_exported_full_unet_is_the_trained_one(tiny_model: str, tmp_path: Pat
 
 def test_half_precision_policy_and_reference_share_their_dtype(tiny_model: str) -> None:
     policy = load(tiny_model, dtype=torch.bfloat16)
-    dtypes = {p.dtype for p in (*policy.denoiser.parameters(), *policy.family.networks[0].parameters())}
+    dtypes = {p.dtype for p in (*policy.denoiser.parameters(), *policy.family.networks["text_encoder"].parameters())}
     assert dtypes == {torch.bfloat16}
     assert torch.equal(predict(policy), predict_reference(policy))
     assert predict(policy).dtype == torch.float32

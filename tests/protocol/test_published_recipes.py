@@ -68,7 +68,6 @@ def test_every_published_recipe_names_its_paper_and_what_to_bring(name: str) -> 
     header = "".join(line for line in text(name).splitlines(keepends=True) if line.startswith("#"))
     assert re.search(r"arXiv \d{4}\.\d{5}", header)
     assert ("my_" in text(name)) == ("Bring" in header)
-    assert name.endswith("_sdxl") == header.startswith("# Needs SDXL support")
 
 
 # Optimizer steps, and what each of them sees.
