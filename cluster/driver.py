@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from math import ceil
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -33,7 +33,7 @@ from protocol.derived import MIN_REDIS_BYTES, in_flight_bytes, latent_shape, red
 from protocol.errors import RedisError, TrainingError
 from protocol.paths import model_source
 from protocol.recipe import Recipe
-from protocol.stream import connect
+from protocol.stream import connect, server_facts
 
 
 class Driver:
@@ -98,18 +98,24 @@ class Driver:
 
 
 def check_redis(recipe: Recipe) -> None:
-    """Raises RedisError unless the recipe's own server answers and can hold what may be in flight."""
+    """Raises RedisError unless the recipe's own server or cluster answers and can hold what may be in flight."""
     if recipe.redis.url is None:
         return
-    info: Any = connect(recipe.redis.url, timeout_s=recipe.redis.timeout_s).info("memory")
+    with connect(recipe.redis.url, timeout_s=recipe.redis.timeout_s) as client:
+        servers = server_facts(client)
+    limits = [limit for facts in servers if (limit := facts["maxmemory"])]
     shape_CHW = latent_shape(model_source(recipe.model.path))
-    needed = in_flight_bytes(recipe, shape_CHW) + MIN_REDIS_BYTES // 4 if shape_CHW else 0
-    if 0 < info["maxmemory"] < needed:
+    if not limits or not shape_CHW:
+        return
+    # Each server holds its shards, and shards are dealt evenly.
+    share = ceil(recipe.num_shards / len(servers)) / recipe.num_shards
+    needed = ceil(in_flight_bytes(recipe, shape_CHW) * share) + MIN_REDIS_BYTES // 4
+    if min(limits) < needed:
         raise RedisError(
             "the Redis server is too small for what may be in flight",
-            value=f"maxmemory {info['maxmemory']}",
-            expected=f"at least {needed} bytes: lag + 1 rounds and the server's own needs",
-            do="raise its maxmemory, or lower lag, batch or sampler.num_steps",
+            value=f"maxmemory {min(limits)}",
+            expected=f"at least {needed} bytes: its share of lag + 1 rounds and the server's own needs",
+            do="raise its maxmemory, lower lag, batch or sampler.num_steps, or spread redis.num_shards over more servers",
         )
 
 
