@@ -115,7 +115,7 @@ def check_redis(recipe: Recipe) -> None:
             "the Redis server is too small for what may be in flight",
             value=f"maxmemory {min(limits)}",
             expected=f"at least {needed} bytes: its share of lag + 1 rounds and the server's own needs",
-            do="raise its maxmemory, lower lag, batch or sampler.num_steps, or spread redis.num_shards over more servers",
+            do="raise its maxmemory, lower lag, batch or sampler.num_steps, or add servers and redis.num_shards",
         )
 
 

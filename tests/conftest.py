@@ -62,7 +62,9 @@ def open_streams() -> Iterator[Callable[..., Streams]]:
     """Opens the streams of a run, as a process does: `open_streams(server, run_id="a", attempt=2)`."""
     clients = []
 
-    def open_(server: RedisServer | RedisCluster, *, run_id: str = "", attempt: int = 1, num_shards: int = 2) -> Streams:
+    def open_(
+        server: RedisServer | RedisCluster, *, run_id: str = "", attempt: int = 1, num_shards: int = 2
+    ) -> Streams:
         clients.append(connect(server.url, timeout_s=5.0))
         run_id = run_id or f"test-{secrets.token_hex(6)}"
         streams = Streams(clients[-1], run_id=run_id, attempt=attempt, num_shards=num_shards)

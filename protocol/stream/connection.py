@@ -18,7 +18,7 @@ from urllib.parse import SplitResult, parse_qsl, urlsplit
 import redis
 from redis import exceptions as redis_errors
 from redis.backoff import ExponentialBackoff, NoBackoff
-from redis.cluster import ClusterNode
+from redis.cluster import REDIS_ALLOWED_KEYS, ClusterNode
 from redis.retry import Retry
 
 from protocol.errors import RedisError
@@ -68,9 +68,12 @@ def connect(url: str, *, timeout_s: float) -> Client:
 
 
 def _join(url: str, options: dict[str, Any]) -> redis.RedisCluster:
-    """Joins a cluster by the first of its nodes that answers."""
+    """Joins a cluster by any of its nodes that answers. Raises ValueError for options that its client would drop."""
     user, hosts, rest = _parts(url.replace(CLUSTER, "", 1))
-    nodes = [ClusterNode(str(host.hostname), host.port or 6379) for host in hosts]
+    if unknown := [name for name, _ in parse_qsl(rest.query) if name not in REDIS_ALLOWED_KEYS]:
+        raise ValueError(f"a cluster's client has no {unknown[0]}")
+    make: Any = ClusterNode
+    nodes = [make(str(host.hostname), host.port or 6379) for host in hosts]
     first = rest._replace(netloc=user + hosts[0].netloc).geturl()
     return redis.RedisCluster.from_url(first, startup_nodes=nodes, **options)
 
@@ -78,14 +81,16 @@ def _join(url: str, options: dict[str, Any]) -> redis.RedisCluster:
 def server_facts(client: Client) -> list[dict[str, Any]]:
     """Returns what INFO says of the server, or of each primary of the cluster. Raises redis-py's errors."""
     if isinstance(client, redis.Redis):
-        return [cast(dict[str, Any], client.info())]
-    return [client.get_redis_connection(node).info() for node in client.get_primaries()]
+        return [client.info()]
+    cluster: Any = client
+    return [client.get_redis_connection(node).info() for node in cluster.get_primaries()]
 
 
 def address_of(client: Client) -> str:
     """Returns host:port of a client's server, or of a node of its cluster."""
     if isinstance(client, redis.RedisCluster):
-        return f"the cluster of {client.get_default_node().name}"
+        cluster: Any = client
+        return f"the cluster of {cluster.get_default_node().name}"
     options = client.connection_pool.connection_kwargs
     return f"{options.get('host')}:{options.get('port')}"
 

@@ -362,14 +362,16 @@ class Streams:
 
 @functools.cache
 def shard_tag(shard: int, num_shards: int) -> str:
-    """Returns a tag whose hash slot lies in the shard's own part of all slots, in as many equal parts as there are shards.
+    """Returns a tag whose hash slot lies in the shard's own part of all slots, one of as many as there are shards.
 
     A cluster's servers usually hold equal ranges of slots, and so equally many shards. Tags of chance would not do:
     of 3 shards on 3 servers 2 would share one more often than not.
     """
     num_places = min(num_shards, MAX_PLACES)
     numbers = map(str, itertools.count())
-    return next(n for n in numbers if key_slot(n.encode()) * num_places // REDIS_CLUSTER_HASH_SLOTS == shard % num_places)
+    return next(
+        n for n in numbers if key_slot(n.encode()) * num_places // REDIS_CLUSTER_HASH_SLOTS == shard % num_places
+    )
 
 
 def _clipped(fields: Fields) -> dict[bytes, bytes]:
