@@ -30,6 +30,7 @@ check: install-test
 
 bench: install-test
 	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.scale
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test

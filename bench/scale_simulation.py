@@ -41,7 +41,8 @@ class Demand:
 
 @dataclass(frozen=True)
 class Plant:
-    """What there is. `cores` are those that everything shares; None: every part has one of its own."""
+    """What there is. `cores` are those that everything shares, with `num_others` processes that always want one; None:
+    every part has one of its own."""
 
     num_actors: int
     compute_s: float
@@ -51,7 +52,7 @@ class Plant:
     server_bytes_per_s: float = float("inf")
     rank_bytes_per_s: float = float("inf")
     cores: int | None = None
-    core_speed: float = 1.0
+    num_others: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class _Simulation:
             self.issue()
         for number in range(self.plant.num_actors):
             self.env.process(self.actor(number))
+        for _ in range(self.plant.num_others):
+            self.env.process(self.other())
         self.env.run(until=self.env.process(self.all_arrived()))
         return self.outcome()
 
@@ -140,15 +143,20 @@ class _Simulation:
             server.busy_s += self.env.now - started
 
     def work(self, cpu_s: float) -> Process:
-        left_s = cpu_s / self.plant.core_speed
         if self.cores is None:
-            yield self.env.timeout(left_s)
+            yield self.env.timeout(cpu_s)
             return
+        left_s = cpu_s
         while left_s > 0:
             with self.cores.request() as turn:
                 yield turn
                 yield self.env.timeout(min(QUANTUM_S, left_s))
             left_s -= QUANTUM_S
+
+    def other(self) -> Process:
+        """Somebody else's process on the same machine."""
+        while True:
+            yield from self.work(QUANTUM_S)
 
     def outcome(self) -> Outcome:
         skipped = int(self.num_groups * WARM_UP)
