@@ -180,34 +180,36 @@ class Bench:
         for _ in self._actors:
             self._issue()
         issued_at = {self._id(number): time.time() for number in range(self._num_issued)}
-        arrivals: list[tuple[float, float]] = []
+        latencies_s: list[float] = []
         skipped = num_groups // 4
         before, after = self._usage(), {}
-        while len(arrivals) < num_groups:
+        while len(latencies_s) < num_groups:
             for arrival in self._reader.read(block_s=READ_BLOCK_S):
                 assert isinstance(arrival.content, Group)
                 receipt_of(arrival.content)
                 now = time.time()
-                arrivals.append((now, now - issued_at[arrival.content.ticket_id] - compute_s))
+                latencies_s.append(now - issued_at[arrival.content.ticket_id] - compute_s)
                 issued_at[self._id(self._num_issued)] = now
                 self._issue()
-                if len(arrivals) == skipped:
+                if len(latencies_s) == skipped:
                     before = self._usage()
-                if len(arrivals) == num_groups - skipped:
+                if len(latencies_s) == num_groups - skipped:
                     after = self._usage()
             self._reader.trim()
         self._drain(runs)
-        return self._seen(arrivals[skipped : num_groups - skipped], before, after)
+        return self._seen(latencies_s[skipped : num_groups - skipped], compute_s, before, after)
 
     def _seen(
-        self, counted: list[tuple[float, float]], before: dict[str, float], after: dict[str, float]
+        self, latencies_s: list[float], compute_s: float, before: dict[str, float], after: dict[str, float]
     ) -> dict[str, float]:
         used = {name: after[name] - before[name] for name in before}
         ours = used["workers"] + used["server"] + used["rank"]
+        latency_s = statistics.mean(latencies_s)
         return {
-            "groups_per_s": (len(counted) - 1) / (counted[-1][0] - counted[0][0]),
-            "latency_s": statistics.mean(latency_s for _, latency_s in counted),
-            **{f"{name}_s": used[name] / len(counted) for name in ("workers", "server", "rank")},
+            # Little's law: actors that began together answer in bursts, between which no clock should be read.
+            "groups_per_s": len(self._actors) / (latency_s + compute_s),
+            "latency_s": latency_s,
+            **{f"{name}_s": used[name] / len(latencies_s) for name in ("workers", "server", "rank")},
             "cores_of_others": (used["all"] - ours) / used["clock"],
         }
 
@@ -243,7 +245,7 @@ def measure() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, RedisServer(Path(folder)) as server:
         bench = Bench(server, SD_SHAPE)
         for count in COUNTS:
-            if psutil.virtual_memory().available < 2 * count * ACTOR_BYTES:
+            if psutil.virtual_memory().available < count * ACTOR_BYTES:
                 break
             bench.grow(count)
             broadcasts = [bench.broadcast() for _ in range(3)]
@@ -300,7 +302,7 @@ def ask(model: str, shape: tuple[int, ...], demand: Demand) -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
         for size in SIZES:
             plant = Plant(size, compute_s, 2 * size, num_servers, num_ranks, NETWORK, NETWORK)
-            told = simulate(plant, demand, 4 * size)
+            told = simulate(plant, demand, 3 * size)
             rows.append(_row(size, told, size / (compute_s + demand.worker_s)))
             if rows[-1]["share"] < KEEPS_UP / 2:
                 break
