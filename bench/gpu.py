@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +47,11 @@ ALGORITHMS = (
     *("ncp_sft", "ncp_dpo", "ncp_cpo", "sharpening_sft", "sharpening_rlhf"),
 )
 """Each as `recipes/tiny_<algorithm>.yaml` has it: its source, its settings; model and sizes are this page's."""
+
+
+CUDNN: Any = torch.backends.cudnn
+FP32_WORK, FP32_PLACES = ("fp32_matmul", "fp32_convolution"), (torch.backends.cuda.matmul, CUDNN.conv)
+"""What torch may do in TF32 when it is asked for fp32. By itself it does so with convolutions."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One row: `Case("sdxl", "dpo", "lora", "bf16")`; or of other kernels, `Case("sd15", "kernels", "lora", "fp32")`."""
+    """One row: Case("sdxl", "dpo", "lora", "bf16"), or of other kernels Case("sd15", "kernels", "lora", "fp32")."""
 
     model: str
     algorithm: str
@@ -139,23 +144,32 @@ def run(case: Case, folder: Path, size: Size, overrides: Sequence[str], device: 
 
 
 @contextmanager
+def as_it_is(policy: Policy) -> Iterator[None]:  # noqa: ARG001
+    """What a run does."""
+    yield
+
+
+@contextmanager
 def channels_last(policy: Policy) -> Iterator[None]:
     """Convolutions' weights with their channels innermost."""
     policy.denoiser.to(memory_format=torch.channels_last)
-    yield
-    policy.denoiser.to(memory_format=torch.contiguous_format)
+    try:
+        yield
+    finally:
+        policy.denoiser.to(memory_format=torch.contiguous_format)
 
 
 @contextmanager
 def fp32_as(precision: str, policy: Policy) -> Iterator[None]:  # noqa: ARG001
     """Products of fp32 matrices and convolutions in TF32, 10 bits of mantissa, or in IEEE's fp32."""
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [place.fp32_precision for place in places]
-    for place in places:
+    before = [place.fp32_precision for place in FP32_PLACES]
+    for place in FP32_PLACES:
         place.fp32_precision = precision
-    yield
-    for place, own in zip(places, before, strict=True):
-        place.fp32_precision = own
+    try:
+        yield
+    finally:
+        for place, own in zip(FP32_PLACES, before, strict=True):
+            place.fp32_precision = own
 
 
 @contextmanager
@@ -169,22 +183,26 @@ def attention_by(backend: SDPBackend, policy: Policy) -> Iterator[None]:  # noqa
 def fastest_convolutions(policy: Policy) -> Iterator[None]:  # noqa: ARG001
     """cuDNN tries its algorithms and keeps the fastest, which may be another one in the next process."""
     torch.backends.cudnn.benchmark = True
-    yield
-    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = False
 
 
 @contextmanager
 def compiled(policy: Policy) -> Iterator[None]:
     """torch.compile, for the shapes that come."""
     policy.denoiser.compile(dynamic=False)
-    yield
-    policy.denoiser._compiled_call_impl = None
-    torch.compiler.reset()
+    try:
+        yield
+    finally:
+        policy.denoiser._compiled_call_impl = None
+        torch.compiler.reset()
 
 
 Variant = Callable[[Policy], Any]
 EVERYWHERE: dict[str, Variant] = {
-    "default": lambda policy: nullcontext(),
+    "default": as_it_is,
     "channels_last": channels_last,
     "math_attention": functools.partial(attention_by, SDPBackend.MATH),
 }
@@ -241,8 +259,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "memory_bytes": torch.cuda.get_device_properties(0).total_memory if on_gpu else None,
         "cuda": torch.version.cuda if on_gpu else None,
         **{name: version(name) for name in ("torch", "diffusers", "deepspeed")},
-        "fp32_matmul": torch.backends.cuda.matmul.fp32_precision,
-        "fp32_convolution": torch.backends.cudnn.conv.fp32_precision,
+        **{name: place.fp32_precision for name, place in zip(FP32_WORK, FP32_PLACES, strict=True)},
     }
 
 

@@ -73,7 +73,8 @@ def test_adapters_are_on_every_attention_and_feed_forward_layer(
     adapted = [name for name, module in unet.named_modules() if hasattr(module, "lora_A")]
     assert len(adapted) == TRAINED_A_BLOCK * sum(num_blocks_of_width.values())
     in_block = {
-        width: RANK * (6 * 2 * width + 2 * (text_width + width) + 9 * width + 5 * width) for width in num_blocks_of_width
+        width: RANK * (6 * 2 * width + 2 * (text_width + width) + 9 * width + 5 * width)
+        for width in num_blocks_of_width
     }
     trained = sum(parameter.numel() for name, parameter in unet.named_parameters() if "lora_" in name)
     assert trained == sum(number * in_block[width] for width, number in num_blocks_of_width.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +21,6 @@ from protocol.recipe import Recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("gang_of_one")]
 PROMPT, G = "a photograph of a lighthouse at dusk", 2
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """A test of minutes."""
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
 
 
 def recipe_of(model: Path) -> Recipe:
@@ -66,7 +57,6 @@ def base_digest(policy: Policy) -> str:
     return weights_digest({name.replace(".base_layer", ""): t for name, t in state.items() if "lora_" not in name})
 
 
-@pytest.mark.usefixtures("two_threads")
 def test_a_real_u_net_learns_on_one_step_and_its_adapter_is_exported(tmp_path: Path) -> None:
     recipe = recipe_of(make_sd15(tmp_path / "sd15"))
     policy = Policy.from_recipe(recipe, with_decoder=False)
@@ -90,8 +80,10 @@ def test_a_real_u_net_learns_on_one_step_and_its_adapter_is_exported(tmp_path: P
     assert all(tensor.isfinite().all() and tensor.any() for tensor in state.values()), "adapters end in 0 at first"
 
     policy.export(tmp_path / "export")
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "sd15", torch_dtype=torch.bfloat16)
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "sd15", dtype=torch.bfloat16)
     pipeline.load_lora_weights(tmp_path / "export")
-    loaded = {name.replace("default_0", "default"): p for name, p in pipeline.unet.named_parameters() if "lora_" in name}
+    loaded = {
+        name.replace("default_0", "default"): p for name, p in pipeline.unet.named_parameters() if "lora_" in name
+    }
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[name], tensor.to(torch.bfloat16)) for name, tensor in state.items())
