@@ -114,12 +114,13 @@ def _base_name(recipe: Recipe) -> str:
 
 def _loading(card: Card) -> str:
     recipe, sampler = card.recipe, card.recipe.sampler
-    half = ", torch_dtype=torch.bfloat16" if recipe.learner.precision == "bf16" else ""
-    load = [f"pipeline = DiffusionPipeline.from_pretrained(folder{half})"]
+    half = {"fp32": "", "bf16": ", torch_dtype=torch.bfloat16", "fp16": ", torch_dtype=torch.float16"}
+    dtype = half[recipe.learner.precision]
+    load = [f"pipeline = DiffusionPipeline.from_pretrained(folder{dtype})"]
     if card.form == "lora":
         base = model_source(recipe.model.path)
         load = [
-            f"pipeline = DiffusionPipeline.from_pretrained({base!r}{half})",
+            f"pipeline = DiffusionPipeline.from_pretrained({base!r}{dtype})",
             f"pipeline.load_lora_weights(folder, weight_name={ADAPTER_FILE!r})",
         ]
     lines = [

@@ -172,7 +172,7 @@ class Encoder:
         dtypes = {parameter.dtype for parameter in stack.parameters()}
         if not dtypes <= set(EXACT):
             raise ModelError(
-                "the perceptual encoder must compute in fp32: bf16 rounds away what it is to tell apart",
+                "the perceptual encoder must compute in fp32: half precision rounds away what it is to tell apart",
                 value=", ".join(map(str, dtypes)),
                 do="set learner.precision: fp32",
             )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from diffusion.conditioning import Conditioning
 from diffusion.families import family_of
-from diffusion.families.loading import load
+from diffusion.families.loading import load, load_config
 from diffusion.kernels import PredictionType, guide, predicted_noise_and_clean
 from diffusion.schedules import StepConstants, make_schedule, noise_level
 from diffusion.weights import State, weights_digest
@@ -36,6 +36,9 @@ from protocol.seeds import Purpose, derive_seed
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The compute dtype of each `learner.precision`."""
+
 MAX_CACHED_PROMPTS = 2048
 """Some 0.5 GB for Stable Diffusion 1.x; far more prompts than a round has."""
 
@@ -47,7 +50,7 @@ class Policy:
     """A latent diffusion model, frozen but for its trainable part.
 
     All networks are in eval mode (dropout off) in one compute dtype, so that policy, reference and rollouts
-    compute alike (algorithms.md 0.7 rule 3).
+    compute alike (algorithms.md 0.7 rule 3); only an autoencoder that overflows in fp16 stays in fp32.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class Policy:
             self._frozen(network)
         self.vae: AutoencoderKL | None = None
         if with_decoder:
-            self.vae = self._frozen(load(AutoencoderKL, source, "vae", torch_dtype=dtype))
+            self.vae = self._frozen(_load_vae(source, dtype))
         self.base_digest = weights_digest(self.denoiser.state_dict())
         self._scheduler = load(DDIMScheduler, source, "scheduler")
         self._encoded: dict[str, Conditioning] = {}
@@ -88,7 +91,7 @@ class Policy:
             model_source(recipe.model.path),
             trainable=recipe.model.trainable,
             seed=recipe.seed,
-            dtype=torch.bfloat16 if recipe.learner.precision == "bf16" else torch.float32,
+            dtype=DTYPES[recipe.learner.precision],
             device=device,
             with_decoder=with_decoder,
         )
@@ -193,7 +196,7 @@ class Policy:
         the CPU, in the units that the U-Net sees. Each image is encoded by itself."""
         assert self.vae is not None, "this policy was loaded without its autoencoder"
         pixels = torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        posteriors = [self.vae.encode(image[None].to(self.device, self.dtype)).latent_dist for image in pixels]
+        posteriors = [self.vae.encode(image[None].to(self.device, self.vae.dtype)).latent_dist for image in pixels]
         scale = self.vae.config.scaling_factor
         mean, std = (torch.cat([getattr(p, name) for p in posteriors]).float().cpu() for name in ("mean", "std"))
         return mean * scale, std * scale
@@ -202,7 +205,7 @@ class Policy:
     def decode(self, latent_NCHW: Tensor) -> np.ndarray:
         """Returns images, uint8 (N, H, W, 3)."""
         assert self.vae is not None, "this policy was loaded without its decoder"
-        latent = latent_NCHW.to(self.device, self.dtype) / self.vae.config.scaling_factor
+        latent = latent_NCHW.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
         pixels = (self.vae.decode(latent).sample.float() / 2 + 0.5).clamp(0, 1)
         images: np.ndarray = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return images
@@ -290,3 +293,11 @@ class Policy:
 
 def _lora_config(lora: Lora) -> LoraConfig:
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
+
+
+def _load_vae(source: str, dtype: torch.dtype) -> AutoencoderKL:
+    """Returns the autoencoder, in fp32 instead of fp16 where its `force_upcast` says that activations overflow, as
+    Stable Diffusion XL's do: what diffusers' pipeline of it does. bf16 has the range of fp32."""
+    if dtype == torch.float16 and load_config(AutoencoderKL, source, "vae").get("force_upcast", True):
+        dtype = torch.float32
+    return load(AutoencoderKL, source, "vae", torch_dtype=dtype)

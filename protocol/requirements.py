@@ -169,7 +169,7 @@ def _perception(recipe: Recipe) -> Iterator[str]:
     if isinstance(recipe.algorithm, NcpSft | NcpDpo | NcpCpo) and recipe.learner.precision != "fp32":
         yield (
             f"learner.precision: {recipe.learner.precision}; {recipe.algorithm.name} resolves differences of 1e-3 in a "
-            "latent, which bf16 rounds away: use fp32"
+            f"latent, which {recipe.learner.precision} rounds away: use fp32"
         )
 
 

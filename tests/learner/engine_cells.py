@@ -14,12 +14,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffusion.policy import Policy
+from diffusion.policy import DTYPES, Policy
 from diffusion.weights import weights_digest
 from learner.engine import MASTER, Engine
 from protocol.recipe import Full, Lora
@@ -36,22 +37,19 @@ class Cell:
     form: str
     stage: int
     precision: str
-    offload: bool = False
+    offload: Literal["", "optimizer", "parameters", "both"] = ""
 
     @property
     def name(self) -> str:
-        return f"{self.form}-stage{self.stage}-{self.precision}{'-offload' if self.offload else ''}"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return f"{self.form}-stage{self.stage}-{self.precision}{self.offload and '-offload-' + self.offload}"
 
     def learner(self, world_size: int) -> Learner:
         return Learner(
             world_size=world_size,
             zero_stage=self.stage,
             precision=self.precision,
-            offload_optimizer=self.offload,
+            offload_optimizer=self.offload in ("optimizer", "both"),
+            offload_parameters=self.offload in ("parameters", "both"),
             learning_rate=1e-3,
             weight_decay=1e-2,
             max_grad_norm=0.5,
@@ -59,7 +57,7 @@ class Cell:
 
     def policy(self, model: str) -> Policy:
         trainable = Lora(rank=4, alpha=4) if self.form == "lora" else Full(form="full")
-        return Policy(model, trainable=trainable, seed=0, dtype=self.dtype, with_decoder=False)
+        return Policy(model, trainable=trainable, seed=0, dtype=DTYPES[self.precision], with_decoder=False)
 
     def with_other_stage(self) -> Cell:
         """The cell whose checkpoint this one also reads."""
@@ -67,12 +65,14 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """All 16 cells, and the optimizer offloaded where there is one to offload."""
-    matrix = [Cell(f, s, p) for f in ("lora", "full") for s in range(4) for p in ("fp32", "bf16")]
-    return matrix + [Cell("lora", stage, "fp32", offload=True) for stage in (1, 2, 3)]
+    """All 24 cells, and the optimizer and parameters offloaded where there are any to offload."""
+    matrix = [Cell(f, s, p) for f in ("lora", "full") for s in range(4) for p in ("fp32", "bf16", "fp16")]
+    optimizer = [Cell("lora", stage, "fp32", "optimizer") for stage in (1, 2, 3)]
+    both = [Cell("full", 3, "bf16", "both"), Cell("lora", 2, "fp16", "optimizer")]
+    return [*matrix, *optimizer, Cell("lora", 3, "fp32", "parameters"), *both]
 
 
-FEW = (Cell("lora", 3, "fp32"), Cell("lora", 2, "bf16"))
+FEW = (Cell("lora", 3, "fp32"), Cell("lora", 2, "bf16"), Cell("lora", 1, "fp16"))
 """What the suite trains; the rest is slow."""
 
 
@@ -122,7 +122,7 @@ class Training:
 
 
 def reference(cell: Cell, model: str) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
-    """The same training by torch alone: fp32 masters, gradients summed in fp32, AdamW.
+    """The same training by torch alone: fp32 masters, gradients summed in fp32, AdamW; in fp16 of a scaled loss.
 
     Returns masters at the start and at the end, and the gradient norms.
     """
@@ -137,15 +137,15 @@ def reference(cell: Cell, model: str) -> tuple[dict[str, Tensor], dict[str, Tens
         eps=settings.adam_eps,
         weight_decay=settings.weight_decay,
     )
-    norms = []
+    norms, scale = [], 2.0**16 if cell.precision == "fp16" else 1.0
     for step in range(NUM_STEPS):
         for master in masters.values():
             master.grad = torch.zeros_like(master)
         for loss in make_losses(policy, policy.denoiser, step):
-            gradients = torch.autograd.grad(loss(), list(live.values()))
+            gradients = torch.autograd.grad(loss() * scale, list(live.values()))
             for master, gradient in zip(masters.values(), gradients, strict=True):
                 assert master.grad is not None
-                master.grad += gradient.float()
+                master.grad += gradient.float() / scale
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), settings.max_grad_norm)))
         optimizer.step()
         for name, parameter in live.items():
