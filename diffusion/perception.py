@@ -228,7 +228,7 @@ def make_encoder(policy: Policy, settings: Perception, seed: int) -> Encoder:
     """Returns the encoder that the settings ask for; `seed` is the run's, for random weights.
 
     `frozen_base` is the policy's reference: its U-Net with adapters off, or the copy that `keep_reference` made for
-    full fine-tuning. `live` is its U-Net with adapters on, also where the caller has switched them off. `random_init`
+    full fine-tuning. `ema` is the network that `keep_average` made, whose weights the caller keeps up. `live` is its U-Net with adapters on, also where the caller has switched them off. `random_init`
     is as diffusers initialises such a U-Net, of which only the encoder is kept. Raises ModelError in half precision.
     """
     if settings.encoder_weights == "frozen_base":
@@ -237,6 +237,9 @@ def make_encoder(policy: Policy, settings: Perception, seed: int) -> Encoder:
         return Encoder(stack, settings.blocks, lambda: policy.reference(policy.denoiser))
     if settings.encoder_weights == "live":
         return Encoder(EncoderStack(policy.denoiser), settings.blocks, lambda: policy.adapters(enabled=True))
+    if settings.encoder_weights == "ema":
+        assert policy.average_denoiser is not None, "keep_average makes the network of the average"
+        return Encoder(EncoderStack(policy.average_denoiser), settings.blocks, nullcontext)
     return Encoder(_random_stack(policy, seed), settings.blocks, nullcontext)
 
 

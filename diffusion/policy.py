@@ -79,6 +79,8 @@ class Policy:
         self._scheduler = load(DDIMScheduler, source, "scheduler")
         self._encoded: dict[str, Conditioning] = {}
         self._frozen_denoiser: UNet2DConditionModel | None = None
+        self.average_denoiser: UNet2DConditionModel | None = None
+        """Where `keep_average` was called: a network like `denoiser`, frozen, whose weights the caller sets."""
         self._adapters_enabled = True
         self.num_evaluations = 0
         """Latents that `predict` has evaluated so far, each branch of guidance by itself."""
@@ -255,6 +257,10 @@ class Policy:
         """Full fine-tuning: keeps a frozen copy of the weights as they are now. LoRA needs none."""
         if isinstance(self.trainable, Full):
             self._frozen_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False)
+
+    def keep_average(self) -> None:
+        """Keeps a second, frozen network, which holds the weights as they are now until the caller sets others."""
+        self.average_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False)
 
     def export(self, folder: Path) -> None:
         """Writes what a plain diffusers pipeline loads: `pytorch_lora_weights.safetensors` for

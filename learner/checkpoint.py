@@ -5,6 +5,7 @@ checkpoints/round-000010/     written as .tmp-round-000010, then renamed
     state/                    DeepSpeed's files: for *resume* with the same number of ranks, bit for bit
     consolidated.safetensors  fp32 masters and moments, whole: for *resume* with any other layout
     versions/000010.safetensors   published bytes of the last lag + 1 versions: for resume and *inference*
+    average.safetensors       their moving average at the newest version, fp32, if one is kept: for both as well
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from protocol.errors import RunDirError
 
 PREFIX = "round-"
 CONSOLIDATED = "consolidated.safetensors"
+AVERAGE = "average.safetensors"
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Meta:
     """What a checkpoint is of: `Meta(round=10, step=40, skipped_updates=0, world_size=2, zero_stage=1,
     precision="fp32", digests={"9": "ab...", "10": "cd..."}, algorithm_state={})`: 10 rounds done, version 10 is next.
     `algorithm_state` is what the algorithm keeps between rounds besides the weights, `reward_state` what running means
-    of rewards do, `firewall_state` what the firewall has seen."""
+    of rewards do, `firewall_state` what the firewall has seen; `average_digest` and `average_steps` are of the moving
+    average of the weights, if one is kept."""
 
     round: int
     step: int
@@ -40,6 +43,8 @@ class Meta:
     algorithm_state: dict[str, Any]
     reward_state: dict[str, Any] = field(default_factory=dict)
     firewall_state: dict[str, Any] = field(default_factory=dict)
+    average_digest: str | None = None
+    average_steps: int = 0
 
 
 @dataclass(frozen=True)

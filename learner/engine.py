@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from learner.average import Average
 from protocol.errors import TrainingError
 from protocol.roles import Learner
 
@@ -56,6 +57,7 @@ class Engine:
             config=deepspeed_config(settings),
         )
         self._engine.eval()
+        self.average = Average(self, settings.ema.decay) if settings.ema else None
 
     @property
     def rank(self) -> int:
@@ -97,6 +99,8 @@ class Engine:
         if self._has_overflowed:
             return None
         self._grow_loss_scale()
+        if self.average:
+            self.average.update()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
     @property
@@ -109,8 +113,11 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
 
-    def forget_moments(self) -> None:
-        """Starts AdamW afresh: moments and step count are 0 again. Every rank calls it."""
+    def start_afresh(self) -> None:
+        """Makes moments and step count of AdamW 0 again, and the average the weights as they are. Every rank calls
+        it."""
+        if self.average:
+            self.average.restart()
         if not self._has_moments:
             return
         for _, parameter in self._trained():
@@ -123,9 +130,23 @@ class Engine:
         """Makes AdamW go on from the values that the module's parameters were given. Every rank calls it."""
         with self.gathered():
             values = {name: p.detach().to(torch.float32, copy=True) for name, p in self._trained()}
+        self.write_masters(values)
+        self.start_afresh()
+
+    def master_shards(self) -> list[Tensor]:
+        """Returns this rank's part of the fp32 masters, the live tensors: flat ones from ZeRO-1 on."""
+        if self._settings.sharded_stage == 3:
+            return [shard.data for shard in self._engine.optimizer.fp32_partitioned_groups_flat]
+        return [shard.data for group in self._base_optimizer.param_groups for shard in group["params"]]
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields every trained parameter's name and its fp32 master, whole. Every rank goes through all."""
+        return ((name, self._read_whole(parameter, MASTER)) for name, parameter in self._trained())
+
+    def write_masters(self, values: Mapping[str, Tensor]) -> None:
+        """Writes the fp32 masters. Every rank calls it."""
         for name, parameter in self._trained():
-            self._write_whole(parameter, MASTER, values[name])
-        self.forget_moments()
+            self._write_whole(parameter, MASTER, values[name].to(self._device))
 
     def sum(self, values: Tensor) -> Tensor:
         """Returns the elementwise sum over ranks."""

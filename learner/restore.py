@@ -1,16 +1,33 @@
-"""Going on from a checkpoint: the engine takes up its state, and the weights are those that were published."""
+"""An engine's state in a checkpoint, and going on from it: the weights must be those that were published."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from learner.checkpoint import CONSOLIDATED, Checkpoint, Meta, is_native
+from diffusion.weights import weights_digest
+from learner.checkpoint import AVERAGE, CONSOLIDATED, Checkpoint, Meta, is_native
 from learner.engine import Engine
 from protocol.errors import TrainingError
 from protocol.roles import Learner
+
+
+def save_engine(engine: Engine, folder: Path) -> str | None:
+    """Writes an engine's state in all its forms. Returns the digest of the average, on rank 0 if one is kept. Every
+    rank calls it."""
+    engine.save(folder / "state")
+    whole = engine.consolidated()
+    average = engine.average and engine.average.whole()
+    engine.barrier()
+    if whole is not None:
+        save_file(whole, folder / CONSOLIDATED)
+    if average is None:
+        return None
+    save_file(average, folder / AVERAGE)
+    return weights_digest(average)
 
 
 def restore_engine(engine: Engine, learner: Learner, found: Checkpoint, reach_all: Callable[[], Tensor]) -> None:
@@ -21,6 +38,8 @@ def restore_engine(engine: Engine, learner: Learner, found: Checkpoint, reach_al
         engine.load(found.folder / "state")
     else:
         engine.load_consolidated(load_file(found.folder / CONSOLIDATED), found.meta.step, reach_all)
+    if engine.average:
+        engine.average.load(load_file(found.folder / AVERAGE), found.meta.average_steps)
 
 
 def check_restored(meta: Meta, digests: Mapping[int, str]) -> None:

@@ -166,7 +166,11 @@ def _excursions(recipe: Recipe) -> Iterator[str]:
 
 
 def _perception(recipe: Recipe) -> Iterator[str]:
-    if isinstance(recipe.algorithm, NcpSft | NcpDpo | NcpCpo) and recipe.learner.precision != "fp32":
+    if not isinstance(recipe.algorithm, NcpSft | NcpDpo | NcpCpo):
+        return
+    if recipe.algorithm.perception.encoder_weights == "ema" and recipe.learner.ema is None:
+        yield "algorithm.perception.encoder_weights: ema, but no average is kept; set learner.ema, such as {decay: 0.999}"
+    if recipe.learner.precision != "fp32":
         yield (
             f"learner.precision: {recipe.learner.precision}; {recipe.algorithm.name} resolves differences of 1e-3 in a "
             f"latent, which {recipe.learner.precision} rounds away: use fp32"

@@ -83,6 +83,13 @@ LAYOUT = ("world_size", "zero_stage", "offload_optimizer", "offload_parameters")
 """What fixes how the learner's state is spread over ranks."""
 
 
+class Average(Section):
+    """An exponential moving average of the trained weights, fp32, beside the fp32 masters and sharded like them."""
+
+    decay: Decay = 0.999
+    """Share of the old average that a step keeps; at the n-th step at most (1 + n) / (10 + n), as in diffusers."""
+
+
 class Learner(Placement):
     """The DeepSpeed gang that applies updates. Placement is that of one rank."""
 
@@ -116,6 +123,9 @@ class Learner(Placement):
     """AdamW's epsilon."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global norm."""
+    ema: Average | None = None
+    """A moving average of the weights, which is what is then evaluated and exported; rollouts sample with the weights
+    themselves. null: none."""
     num_parity_probes: PositiveInt = 2
     """Micro-batches each rank recomputes each round to compare with the rollout's log-probabilities."""
     parity_tolerance: PositiveFloat | None = None

@@ -24,9 +24,11 @@ from diffusion.policy import DTYPES, Policy
 from diffusion.weights import weights_digest
 from learner.engine import MASTER, Engine
 from protocol.recipe import Full, Lora
-from protocol.roles import Learner
+from protocol.roles import Average, Learner
 
 NUM_STEPS, NUM_BATCHES = 4, 2
+DECAY = 0.22
+"""Above (1 + n) / (10 + n) in the first two steps, and below afterwards."""
 HALF = NUM_STEPS // 2
 
 
@@ -53,6 +55,7 @@ class Cell:
             learning_rate=1e-3,
             weight_decay=1e-2,
             max_grad_norm=0.5,
+            ema=Average(decay=DECAY),
         )
 
     def policy(self, model: str) -> Policy:
@@ -116,6 +119,16 @@ class Training:
         whole: dict[str, Tensor] = self.engine.broadcast(self.engine.consolidated())
         return {name.removeprefix(f"{MASTER}/"): t for name, t in whole.items() if name.startswith(MASTER)}
 
+    def average(self) -> dict[str, Tensor]:
+        assert self.engine.average
+        whole: dict[str, Tensor] = self.engine.broadcast(self.engine.average.whole())
+        return whole
+
+    def take_up_average(self, whole: dict[str, Tensor]) -> Training:
+        assert self.engine.average
+        self.engine.average.load(whole, HALF)
+        return self
+
     def take_up(self, file: Path) -> Training:
         self.engine.load_consolidated(load_file(file), HALF, make_losses(self.policy, self.engine.denoiser, 0)[0])
         return self
@@ -153,6 +166,21 @@ def reference(cell: Cell, model: str) -> tuple[dict[str, Tensor], dict[str, Tens
     return start, {name: master.detach() for name, master in masters.items()}, norms
 
 
+def averaged(training: Training, first: int, last: int, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Trains on; returns what the average must then be, by its formula, of the masters after each step."""
+    average = before
+    for step in range(first, last):
+        masters = training.run(step, step + 1).masters()
+        weight = 1 - min(DECAY, (1 + step) / (10 + step))
+        average = {name: tensor + (masters[name] - tensor) * weight for name, tensor in average.items()}
+    return average
+
+
+def are_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two states have the same bits."""
+    return weights_digest(one) == weights_digest(other)
+
+
 def gap(one: dict[str, Tensor], other: dict[str, Tensor], start: dict[str, Tensor]) -> float:
     """The distance of two end points, as a share of the way from the start (Euclidean, all parameters)."""
     apart = sum(float((one[name] - other[name]).double().square().sum()) for name in other)
@@ -164,15 +192,21 @@ def examine(cell: Cell, model: str, world_size: int, folder: Path) -> dict[str, 
     """Trains a cell unbroken, repeated, resumed from DeepSpeed's files, and resumed from consolidated ones."""
     start, end, norms = reference(cell, model)
     mine = f"{cell.name}-{world_size}"
-    unbroken = Training(cell, model, world_size).run(0, HALF)
+    unbroken = Training(cell, model, world_size)
+    starts_there = are_equal(unbroken.average(), unbroken.masters())
+    expected = averaged(unbroken, 0, HALF, unbroken.masters())
+    average = unbroken.average()
     unbroken.engine.save(folder / mine)
     if (whole := unbroken.engine.consolidated()) is not None:
         save_file(whole, folder / f"{mine}.safetensors")
+        save_file(average, folder / f"{mine}-average.safetensors")
     unbroken.engine.barrier()
     at_half = unbroken.digest()
-    masters, digest = unbroken.run(HALF, NUM_STEPS).masters(), unbroken.digest()
+    expected_last = averaged(unbroken, HALF, NUM_STEPS, average)
+    masters, digest = unbroken.masters(), unbroken.digest()
     resumed = Training(cell, model, world_size)
     resumed.engine.load(folder / mine)
+    resumed.take_up_average(average)
     own = Training(cell, model, world_size).take_up(folder / f"{mine}.safetensors")
     result: dict[str, object] = {
         "gap_to_adamw": gap(masters, end, start),
@@ -182,10 +216,16 @@ def examine(cell: Cell, model: str, world_size: int, folder: Path) -> dict[str, 
         "resumes": resumed.run(HALF, NUM_STEPS).digest() == digest,
         "consolidated_carries_the_weights": own.digest() == at_half,
         "consolidated_gap": gap(own.run(HALF, NUM_STEPS).masters(), masters, start),
+        "average_is_its_formula": are_equal(average, expected) and are_equal(unbroken.average(), expected_last),
+        "average_starts_as_the_masters": starts_there,
+        "average_resumes": are_equal(resumed.average(), expected_last),
+        "average_leaves_masters": are_equal(unbroken.masters(), masters),
     }
     for origin in other_origins(cell, folder):
-        other = Training(cell, model, world_size).take_up(folder / f"{origin}.safetensors").run(HALF, NUM_STEPS)
-        result[f"gap_from_{origin}"] = gap(other.masters(), masters, start)
+        other = Training(cell, model, world_size).take_up(folder / f"{origin}.safetensors")
+        average = load_file(folder / f"{origin}-average.safetensors")
+        result[f"average_from_{origin}"] = are_equal(other.take_up_average(average).average(), average)
+        result[f"gap_from_{origin}"] = gap(other.run(HALF, NUM_STEPS).masters(), masters, start)
     return result
 
 

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from learner.descent import Descent
-from learner.engine import GROW_AFTER
 from protocol.errors import TrainingError
 from tests.learner.engine_cells import Cell, Training, make_losses
 
-pytestmark = pytest.mark.usefixtures("gang_of_one")
+pytestmark = [
+    pytest.mark.usefixtures("gang_of_one"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # What DeepSpeed imports for sharding alone.
+]
 
 START = 2.0**16
 STAGES = [1, 2, pytest.param(3, marks=pytest.mark.slow)]
@@ -91,7 +92,6 @@ def test_the_scale_is_doubled_after_many_steps_and_no_gradient_is_unscaled_by_th
         scales.append(training.engine.loss_scale)
     assert scales == [START, 2 * START, 2 * START]
     assert training.norms == pytest.approx(plain.norms, rel=1e-3)
-    assert GROW_AFTER > 100
 
 
 def test_gradients_that_overflow_at_any_scale_stop_the_run(training: Training) -> None:
@@ -99,11 +99,6 @@ def test_gradients_that_overflow_at_any_scale_stop_the_run(training: Training) -
     with pytest.raises(TrainingError, match="at any loss scale"):
         for _ in range(20):
             assert training.engine.apply(losses) is None
-
-
-def test_a_step_that_was_skipped_has_no_norm(training: Training) -> None:
-    descent = Descent(training.engine, 4, lambda: None)
-    assert descent._apply(None, []) is None  # type: ignore[arg-type]
 
 
 def test_only_fp16_has_a_loss_scale(tiny_model: str) -> None:
