@@ -317,8 +317,8 @@ def check_dtype(patient: Patient) -> Finding:
         # One learner.precision serves rollouts and learner, and fp32 is the exact one.
         found += "; more than the tolerance, so one dtype must serve both sides, as it does" * (largest > patient.limit)
         return Finding("dtype", "ok", found, number=largest)
-    do = f"rounding to {own} is as large as the window, so all that differs between rollouts and learner (device, batch, "
-    do += "kernel) shows: set learner.precision=fp32, or widen the window"
+    do = f"rounding to {own} is as large as the window, so all that differs between rollouts and learner (device, "
+    do += "batch, kernel) shows: set learner.precision=fp32, or widen the window"
     return _judge(patient, "dtype", found, gap_N, do)
 
 

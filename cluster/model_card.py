@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from cluster.evaluate import Comparison, Evaluation
+from learner.checkpoint import Weights
 from protocol import __version__
 from protocol.paths import model_source
 from protocol.recipe import Full, Recipe
@@ -45,18 +46,27 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Card:
-    """What a card tells: `Card(recipe, form="lora", version=20, digest="9f86...", base_digest="d081...",
-    sources=(Source.of_prompts(("a red seven", ...)),), evaluation=None, has_images=True)`. `sources` are those of the
-    run's tickets; without an evaluation of this version, or images, the card says nothing of them."""
+    """What a card tells: `Card(recipe, form="lora", version=20, weights="live", digest="9f86...",
+    base_digest="d081...", sources=(Source.of_prompts(("a red seven", ...)),), evaluation=None, has_images=True)`.
+    `sources` are those of the run's tickets; without an evaluation of this version, or images, the card says nothing of
+    them."""
 
     recipe: Recipe
     form: Form
     version: int
+    weights: Weights
     digest: str
     base_digest: str
     sources: tuple[Source, ...]
     evaluation: Evaluation | None
     has_images: bool
+
+    @property
+    def weights_words(self) -> str:
+        """Which of a version's weights they are."""
+        if self.weights == "live" or self.recipe.learner.ema is None:
+            return "as trained"
+        return f"a moving average of those trained, of decay {self.recipe.learner.ema.decay:g}"
 
 
 def model_card(card: Card) -> str:
@@ -102,7 +112,8 @@ def _introduction(card: Card) -> str:
     return (
         f"# {_base_name(recipe)}, fine-tuned by {recipe.algorithm.name}\n\n"
         f"{what} {base}, trained with sfumato by {_linked(METHODS[recipe.algorithm.name])}. Version {card.version}: "
-        f"each round of {recipe.batch.num_groups} groups of {recipe.batch.group_size} images made one.\n\n"
+        f"each round of {recipe.batch.num_groups} groups of {recipe.batch.group_size} images made one. "
+        f"Its weights are {card.weights_words}.\n\n"
         "The base model's licence, and what it asks of derived models, holds here too: name it in the first lines of "
         "this file before you publish it.\n"
     )
@@ -216,16 +227,18 @@ def _evaluation_row(label: str, row: Comparison, *, is_trained: bool) -> str:
 
 def _digests(card: Card) -> str:
     rows = {
-        "version": str(card.version),
+        "version": f"{card.version}, its weights {card.weights_words}",
         "weights": f"`{card.digest}`",
         "base model's U-Net": f"`{card.base_digest}`",
         "exported by": f"sfumato {__version__}, diffusers {installed('diffusers')}",
     }
+    where = f"as the run published it (`sfumato digest RUN --version {card.version}`)"
+    if card.weights == "average":
+        where = "as the run's checkpoint keeps its average (`average_digest`)"
     table = "\n".join(["| what | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
     return (
-        f"{table}\n\nSHA-256 of names, dtypes, shapes and bytes of what was trained, as the run published it "
-        f"(`sfumato digest RUN --version {card.version}`), and of the base model's U-Net in "
-        f"{card.recipe.learner.precision}. The run is a function of sfumato's code, the recipe and its seed. Nothing "
+        f"{table}\n\nSHA-256 of names, dtypes, shapes and bytes of what was trained, {where}, and of the base model's "
+        f"U-Net in {card.recipe.learner.precision}. The run is a function of sfumato's code, the recipe and its seed. Nothing "
         "here is for resuming it."
     )
 

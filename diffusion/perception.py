@@ -228,8 +228,9 @@ def make_encoder(policy: Policy, settings: Perception, seed: int) -> Encoder:
     """Returns the encoder that the settings ask for; `seed` is the run's, for random weights.
 
     `frozen_base` is the policy's reference: its U-Net with adapters off, or the copy that `keep_reference` made for
-    full fine-tuning. `ema` is the network that `keep_average` made, whose weights the caller keeps up. `live` is its U-Net with adapters on, also where the caller has switched them off. `random_init`
-    is as diffusers initialises such a U-Net, of which only the encoder is kept. Raises ModelError in half precision.
+    full fine-tuning. `ema` is the network that `keep_average` made, whose weights the caller keeps up to date. `live`
+    is its U-Net with adapters on, also where the caller has switched them off. `random_init` is as diffusers
+    initialises such a U-Net, of which only the encoder is kept. Raises ModelError in half precision.
     """
     if settings.encoder_weights == "frozen_base":
         with policy.reference(policy.denoiser) as base:

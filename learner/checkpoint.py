@@ -16,13 +16,16 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from protocol.errors import RunDirError
 
 PREFIX = "round-"
 CONSOLIDATED = "consolidated.safetensors"
 AVERAGE = "average.safetensors"
+
+Weights = Literal["live", "average"]
+"""The weights as last trained, or their moving average."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class Meta:
     average_digest: str | None = None
     average_steps: int = 0
 
+    def result(self, *, live: bool = False) -> Weights:
+        """Returns which of its weights are evaluated, sampled and exported: the moving average, if one is kept and
+        `live` does not ask for the newest version itself."""
+        return "live" if live or self.average_digest is None else "average"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -57,6 +65,12 @@ class Checkpoint:
     def version_bytes(self, version: int) -> bytes:
         """Returns the packed weights of one of its versions."""
         return (self.folder / "versions" / f"{version:06d}.safetensors").read_bytes()
+
+    def result_bytes(self, *, live: bool = False) -> bytes:
+        """Returns those weights, packed."""
+        if self.meta.result(live=live) == "live":
+            return self.version_bytes(self.meta.round)
+        return (self.folder / AVERAGE).read_bytes()
 
 
 def checkpoints_in(run_dir: Path) -> list[Checkpoint]:

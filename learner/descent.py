@@ -115,8 +115,8 @@ class Descent:
         return Step(float(self._engine.sum(totals.loss)), norm, self._means(totals.metrics))
 
     def _apply(self, probe: Probe, losses: Sequence[Callable[[], Tensor]]) -> float | None:
-        """One optimizer step; None, and none taken, where no rank has a gradient, since AdamW would still decay weights,
-        or one overflows in fp16."""
+        """One optimizer step; None, and none taken, where no rank has a gradient (AdamW would still decay weights), or
+        one overflows in fp16."""
         num_passes = self._most(len(losses))
         if num_passes == 0:
             return None

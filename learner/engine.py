@@ -23,8 +23,8 @@ PARTS = (MASTER, *MOMENTS)
 LOSS_SCALER = "loss_scaler"
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 LOSS_SCALE = {"loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1, "loss_scale_window": 2**62}
-"""fp16: a scale that each overflow halves. DeepSpeed would double it before it divides that same step's gradients by it,
-so that this is left to us."""
+"""fp16: a scale that each overflow halves. DeepSpeed would double it before it divides that same step's gradients by
+it, so that this is left to us."""
 GROW_AFTER = 1000
 """Steps in a row without an overflow that double the loss scale."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)

@@ -169,7 +169,7 @@ def _perception(recipe: Recipe) -> Iterator[str]:
     if not isinstance(recipe.algorithm, NcpSft | NcpDpo | NcpCpo):
         return
     if recipe.algorithm.perception.encoder_weights == "ema" and recipe.learner.ema is None:
-        yield "algorithm.perception.encoder_weights: ema, but no average is kept; set learner.ema, such as {decay: 0.999}"
+        yield "algorithm.perception.encoder_weights: ema, but no average is kept; set learner.ema: {decay: 0.999}"
     if recipe.learner.precision != "fp32":
         yield (
             f"learner.precision: {recipe.learner.precision}; {recipe.algorithm.name} resolves differences of 1e-3 in a "
