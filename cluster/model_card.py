@@ -238,8 +238,8 @@ def _digests(card: Card) -> str:
     table = "\n".join(["| what | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
     return (
         f"{table}\n\nSHA-256 of names, dtypes, shapes and bytes of what was trained, {where}, and of the base model's "
-        f"U-Net in {card.recipe.learner.precision}. The run is a function of sfumato's code, the recipe and its seed. Nothing "
-        "here is for resuming it."
+        f"U-Net in {card.recipe.learner.precision}. The run is a function of sfumato's code, the recipe and its seed. "
+        "Nothing here is for resuming it."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -54,6 +55,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=[p for _, p in self._trained()],
+            optimizer=optimizer_8bit(settings) if settings.optimizer == "adamw_8bit" else None,
             config=deepspeed_config(settings),
         )
         self._engine.eval()
@@ -119,6 +121,10 @@ class Engine:
         if self.average:
             self.average.restart()
         if not self._has_moments:
+            return
+        if self._settings.optimizer == "adamw_8bit":
+            # As before its first step, which makes them.
+            self._base_optimizer.state.clear()
             return
         for _, parameter in self._trained():
             for part in MOMENTS:
@@ -188,7 +194,7 @@ class Engine:
 
     def consolidated(self) -> dict[str, Tensor] | None:
         """Returns fp32 masters and AdamW's moments, whole and on the CPU, as `<part>/<parameter>`, and in fp16 the loss
-        scaler's state; None but on rank 0.
+        scaler's state; None but on rank 0. Of moments in 8 bits there are none: their blocks follow the layout.
 
         Unlike `save`'s files they fit any number of ranks and any stage. Every rank calls it.
         """
@@ -197,7 +203,7 @@ class Engine:
             state = [float(getattr(self._loss_scaler, name)) for name in SCALER_STATE]
             whole[LOSS_SCALER] = torch.tensor(state, dtype=torch.float64)
         for name, parameter in self._trained():
-            for part in PARTS:
+            for part in PARTS if self._settings.optimizer == "adamw" else (MASTER,):
                 tensor = self._read_whole(parameter, part)
                 if self.rank == 0:
                     whole[f"{part}/{name}"] = tensor.detach().to("cpu", torch.float32, copy=True)
@@ -334,19 +340,11 @@ def deepspeed_config(settings: Learner) -> dict[str, Any]:
         "steps_per_print": 10**12,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": settings.learning_rate,
-                "betas": list(settings.adam_betas),
-                "eps": settings.adam_eps,
-                "weight_decay": settings.weight_decay,
-                # torch's own AdamW on every device: the fused and CPU variants round differently.
-                "torch_adam": True,
-            },
-        },
         "zero_optimization": {"stage": settings.sharded_stage, "overlap_comm": False},
     }
+    if settings.optimizer == "adamw":
+        # torch's own on every device: the fused and CPU variants round differently.
+        config["optimizer"] = {"type": "AdamW", "params": {**adam_settings(settings), "torch_adam": True}}
     if settings.offload_optimizer:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if settings.offload_parameters:
@@ -355,6 +353,29 @@ def deepspeed_config(settings: Learner) -> dict[str, Any]:
         config[settings.precision] = {"enabled": True} | (LOSS_SCALE if settings.precision == "fp16" else {})
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def adam_settings(settings: Learner) -> dict[str, Any]:
+    """Returns what any AdamW is told."""
+    return {
+        "lr": settings.learning_rate,
+        "betas": list(settings.adam_betas),
+        "eps": settings.adam_eps,
+        "weight_decay": settings.weight_decay,
+    }
+
+
+def optimizer_8bit(settings: Learner) -> Callable[..., torch.optim.Optimizer]:
+    """Returns what makes an AdamW with moments of 8 bits in blocks of 256 (Dettmers et al., arXiv 2110.02861); those of
+    fewer than 4096 elements stay in fp32. Raises TrainingError without bitsandbytes."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise TrainingError(
+            "learner.optimizer: adamw_8bit needs bitsandbytes, which is not installed",
+            do="pip install 'sfumato[optimizer-8bit]' where learners run, or set learner.optimizer: adamw",
+        ) from error
+    return functools.partial(AdamW8bit, **adam_settings(settings))
 
 
 def _silence_deepspeed() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion.weights import weights_digest
 from learner.checkpoint import AVERAGE, CONSOLIDATED, Checkpoint, Meta, is_native
 from learner.engine import Engine
-from protocol.errors import TrainingError
+from protocol.errors import RunDirError, TrainingError
 from protocol.roles import Learner
 
 
@@ -36,6 +36,13 @@ def restore_engine(engine: Engine, learner: Learner, found: Checkpoint, reach_al
     layout = {"world_size": learner.world_size, "zero_stage": learner.zero_stage}
     if is_native(found.meta, **layout, precision=learner.precision):
         engine.load(found.folder / "state")
+    elif learner.optimizer == "adamw_8bit":
+        raise RunDirError(
+            "moments of 8 bits cannot be taken up by another layout of the learner",
+            value=f"world_size {learner.world_size}, zero_stage {learner.zero_stage}",
+            expected=f"world_size {found.meta.world_size}, zero_stage {found.meta.zero_stage}",
+            do="resume with these, or start a new run with learner.optimizer: adamw",
+        )
     else:
         engine.load_consolidated(load_file(found.folder / CONSOLIDATED), found.meta.step, reach_all)
     if engine.average:

@@ -109,6 +109,9 @@ class Learner(Placement):
     third more time, the same weights."""
     micro_batch_size: PositiveInt = 64
     """(trajectory, step) items in one forward and backward pass; bounds activation memory."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """torch's AdamW; or that of bitsandbytes, whose moments take 8 bits each (`pip install sfumato[optimizer-8bit]`). A
+    run with it is resumed with the layout that it had."""
     learning_rate: PositiveFloat = 1e-4
     """AdamW's learning rate, once warm."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0

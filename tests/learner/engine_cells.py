@@ -40,6 +40,7 @@ class Cell:
     stage: int
     precision: str
     offload: Literal["", "optimizer", "parameters", "both"] = ""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
 
     @property
     def name(self) -> str:
@@ -55,6 +56,7 @@ class Cell:
             learning_rate=1e-3,
             weight_decay=1e-2,
             max_grad_norm=0.5,
+            optimizer=self.optimizer,
             ema=Average(decay=DECAY),
         )
 
