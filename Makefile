@@ -30,6 +30,7 @@ check: install-test
 
 bench: install-test
 	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.scale
 
 # What cluster/*.yaml install on every machine.
 wheel: install

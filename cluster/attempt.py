@@ -300,7 +300,7 @@ class Attempt:
     def _draw_grid(self, round_: int) -> None:
         """Samples the same prompts and seeds before and after, for people to look at."""
         found = latest_checkpoint(self._run_dir.path)
-        data = found.version_bytes(round_) if round_ and found else None
+        data = found.result_bytes() if round_ and found else None
         wanted = self._recipe.evaluation.grid_prompts
         prompts = spread(held_out_prompts(self._recipe, self._run_dir.path) or self._plan.sources[0].prompts, wanted)
         self._tell("drawing samples")

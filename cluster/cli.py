@@ -17,6 +17,7 @@ from protocol.errors import RecipeError, SfumatoError
 if TYPE_CHECKING:
     from protocol.recipe import Recipe
 
+LIVE_HELP = "the weights as last trained, where the run also keeps their moving average (learner.ema)"
 EXIT_OURS, EXIT_UNEXPECTED, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 1, 130, 143
 DEBUG_HELP = "show tracebacks and the logs of all processes"
 
@@ -109,6 +110,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--prompts", help="a set of prompts, named as in a recipe; default: those that the run holds out"
     )
     command.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
+    command.add_argument("--live", action="store_true", help=LIVE_HELP)
     command.set_defaults(command=_evaluate)
     return command
 
@@ -122,6 +124,7 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
     command.add_argument("--num-steps", type=int, help="denoising steps; default: the recipe's, or 50")
     command.add_argument("--guidance-scale", type=float, help="guidance; default: the recipe's, or 1")
+    command.add_argument("--live", action="store_true", help=LIVE_HELP)
     command.set_defaults(command=_sample)
     return command
 
@@ -139,6 +142,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument(
         "--evaluation", type=Path, metavar="JSON", help="what `evaluate --json` wrote; default: RUN/evaluation.json"
     )
+    command.add_argument("--live", action="store_true", help=LIVE_HELP)
     command.set_defaults(command=_export)
     return command
 
@@ -263,7 +267,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise RecipeError(f"the folder {folder} of --json does not exist", do="make it, or correct --json")
     from cluster.evaluate import evaluate_run, print_table, write_json
 
-    result = evaluate_run(options.run, options.prompts)
+    result = evaluate_run(options.run, options.prompts, live=options.live)
     print_table(result)
     if options.json:
         write_json(result, options.json)
@@ -280,6 +284,7 @@ def _sample(options: argparse.Namespace) -> None:
         seed=options.seed,
         num_steps=options.num_steps,
         guidance_scale=options.guidance_scale,
+        live=options.live,
     )
     print(options.out)
 
@@ -294,6 +299,7 @@ def _export(options: argparse.Namespace) -> None:
             version=options.version,
             form=options.form,
             evaluation_file=options.evaluation,
+            live=options.live,
         )
     )
 

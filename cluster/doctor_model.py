@@ -167,7 +167,7 @@ def check_batch_size(patient: Patient) -> Finding:
 def check_dtype(patient: Patient) -> Finding:
     """What a rollout in another dtype than the learner's would do. In a run both have the recipe's."""
     recipe, own = patient.recipe, patient.recipe.learner.precision
-    other = "fp32" if own == "bf16" else "bf16"
+    other = "bf16" if own == "fp32" else "fp32"
     changed = recipe.model_copy(update={"learner": recipe.learner.model_copy(update={"precision": other})})
     policy = Policy.from_recipe(changed, patient.chain.policy.device, with_decoder=False)
     size = patient.batch.log_prob_PGT.shape[1]
@@ -178,8 +178,8 @@ def check_dtype(patient: Patient) -> Finding:
         # One learner.precision serves rollouts and learner, and fp32 is the exact one.
         found += "; more than the tolerance, so one dtype must serve both sides, as it does" * (largest > patient.limit)
         return Finding("dtype", "ok", found, number=largest)
-    do = "rounding to bf16 is as large as the window, so all that differs between rollouts and learner (device, batch, "
-    do += "kernel) shows: set learner.precision=fp32, or widen the window"
+    do = f"rounding to {own} is as large as the window, so all that differs between rollouts and learner (device, "
+    do += "batch, kernel) shows: set learner.precision=fp32, or widen the window"
     return _judge(patient, "dtype", found, gap_N, do)
 
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack
+from math import ceil
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -34,7 +34,7 @@ from learner.checkpoint import latest_checkpoint
 from protocol.derived import MIN_REDIS_BYTES, in_flight_bytes, latent_shape, redis_bytes
 from protocol.errors import RedisError, TrainingError
 from protocol.recipe import Recipe
-from protocol.stream import connect, url_of
+from protocol.stream import connect, server_facts, url_of
 
 
 class Driver:
@@ -99,18 +99,24 @@ class Driver:
 
 
 def check_redis(recipe: Recipe) -> None:
-    """Raises RedisError unless the recipe's own server answers and can hold what may be in flight."""
+    """Raises RedisError unless the recipe's own server or cluster answers and can hold what may be in flight."""
     if recipe.redis.url is None:
         return
-    info: Any = connect(url_of(recipe.redis.url), timeout_s=recipe.redis.timeout_s).info("memory")
+    with connect(url_of(recipe.redis.url), timeout_s=recipe.redis.timeout_s) as client:
+        servers = server_facts(client)
+    limits = [limit for facts in servers if (limit := facts["maxmemory"])]
     shape_CHW = latent_shape(recipe)
-    needed = in_flight_bytes(recipe, shape_CHW) + MIN_REDIS_BYTES // 4 if shape_CHW else 0
-    if 0 < info["maxmemory"] < needed:
+    if not limits or not shape_CHW:
+        return
+    # Each server holds its shards, and shards are dealt evenly.
+    share = ceil(recipe.num_shards / len(servers)) / recipe.num_shards
+    needed = ceil(in_flight_bytes(recipe, shape_CHW) * share) + MIN_REDIS_BYTES // 4
+    if min(limits) < needed:
         raise RedisError(
             "the Redis server is too small for what may be in flight",
-            value=f"maxmemory {info['maxmemory']}",
-            expected=f"at least {needed} bytes: lag + 1 rounds and the server's own needs",
-            do="raise its maxmemory, or lower lag, batch or sampler.num_steps",
+            value=f"maxmemory {min(limits)}",
+            expected=f"at least {needed} bytes: its share of lag + 1 rounds and the server's own needs",
+            do="raise its maxmemory, lower lag, batch or sampler.num_steps, or add servers and redis.num_shards",
         )
 
 

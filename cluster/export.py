@@ -1,6 +1,6 @@
 """`sfumato export`: a version of a run as files that other tools load, with a model card. For *inference* alone.
 
-checkpoints/round-N/versions/ -> weights, digest checked -> pytorch_lora_weights.safetensors   --form lora
+checkpoints/round-N/ -> weights or their average, checked -> pytorch_lora_weights.safetensors   --form lora
                                                         `-> its network, beside the base's     --form pipeline
 recipe.yaml  samples/  evaluation.json ------------------> README.md  images/                  (cluster/model_card.py)
 
@@ -26,7 +26,7 @@ from cluster.sources import read_plan
 from cluster.verify import Row, read_lines
 from diffusion.policy import Policy
 from diffusion.weights import unpack, weights_digest
-from learner.checkpoint import Checkpoint, checkpoints_in
+from learner.checkpoint import Checkpoint, Weights, checkpoints_in
 from protocol.errors import ModelError, RecipeError, RunDirError
 from protocol.recipe import Full, Recipe
 
@@ -44,23 +44,27 @@ def export_run(
     version: int | None = None,
     form: Form | None = None,
     evaluation_file: Path | None = None,
+    live: bool = False,
 ) -> dict[str, str]:
-    """Writes a version, by default the newest in a checkpoint, to a new folder. Returns what was written, in reading
-    order. Raises RecipeError, RunDirError or ModelError, and leaves no part of an export behind then."""
+    """Writes a version, by default the newest in a checkpoint, to a new folder: the moving average of the weights at
+    that version where one is kept, or, `live`, these themselves. Returns what was written, in reading order. Raises
+    RecipeError, RunDirError or ModelError, and leaves no part of an export behind then."""
     recipe = read_recipe(run_dir)
     form = _form(recipe, form)
     _refuse_taken(out, run_dir)
     found, version = find_version(run_dir, version)
-    evaluation = _evaluation(run_dir, version, evaluation_file)
-    state = _weights(found, version)
+    weights = found.meta.result(live=live)
+    evaluation = _evaluation(run_dir, version, weights, evaluation_file)
+    state, digest = _weights(found, version, weights)
     base = Policy.from_recipe(recipe, with_decoder=False)
     _check_base(base, run_dir)
-    pictures = _pictures(run_dir, version)
+    pictures = _pictures(run_dir, version) if weights == found.meta.result() else {}
     card = Card(
         recipe=recipe,
         form=form,
         version=version,
-        digest=found.meta.digests[str(version)],
+        weights=weights,
+        digest=digest,
         base_digest=base.base_digest,
         sources=read_plan(recipe, home_of(run_dir)).sources,
         evaluation=evaluation,
@@ -75,6 +79,7 @@ def _numbers(card: Card, out: Path) -> dict[str, str]:
     held_out = f"{card.evaluation.num_prompts} prompts" if card.evaluation else "none: there is no evaluation of it"
     return {
         "version": f"{card.version}, digest {card.digest}",
+        "weights": card.weights_words,
         "form": "LoRA adapter" if card.form == "lora" else "whole pipeline",
         "held-out table": held_out,
         "images": "before and after" if card.has_images else "none: samples/ has none of this version",
@@ -88,6 +93,8 @@ def find_version(run_dir: Path, version: int | None) -> tuple[Checkpoint, int]:
     if not found:
         raise RunDirError(f"the run {run_dir} has no checkpoint yet", do="wait for it, or resume the run")
     holders = {int(kept): checkpoint for checkpoint in found for kept in checkpoint.meta.digests}
+    # Of its newest version a checkpoint keeps the average as well.
+    holders |= {checkpoint.meta.round: checkpoint for checkpoint in found}
     wanted = found[-1].meta.round if version is None else version
     if wanted not in holders:
         raise RunDirError(
@@ -124,8 +131,8 @@ def _refuse_taken(out: Path, run_dir: Path) -> None:
         )
 
 
-def _evaluation(run_dir: Path, version: int, file: Path | None) -> Evaluation | None:
-    """Returns the evaluation that was given, or that of RUN/evaluation.json if it is of this version."""
+def _evaluation(run_dir: Path, version: int, weights: Weights, file: Path | None) -> Evaluation | None:
+    """Returns the evaluation that was given, or that of RUN/evaluation.json if it is of this version and weights."""
     path = file or run_dir / "evaluation.json"
     if file is None and not path.is_file():
         return None
@@ -137,27 +144,35 @@ def _evaluation(run_dir: Path, version: int, file: Path | None) -> Evaluation | 
             expected="what `sfumato evaluate RUN --json FILE` writes",
             do="make it again, or correct --evaluation",
         ) from error
-    if evaluation.version == version:
+    if (evaluation.version, evaluation.weights) == (version, weights):
         return evaluation
     if file is None:
         return None
     raise RecipeError(
-        f"the evaluation {path} is of another version",
-        value=evaluation.version,
-        expected=str(version),
-        do="evaluate this version, or export that one by --version",
+        f"the evaluation {path} is of another version"
+        + ", or of other weights of it" * (evaluation.version == version),
+        value=f"{evaluation.version}, {evaluation.weights}",
+        expected=f"{version}, {weights}",
+        do="evaluate this version, or export that one by --version, or --live",
     )
 
 
-def _weights(found: Checkpoint, version: int) -> dict[str, Tensor]:
-    """Returns a version's weights. Raises RunDirError unless they are those that were published."""
+def _weights(found: Checkpoint, version: int, weights: Weights) -> tuple[dict[str, Tensor], str]:
+    """Returns a version's weights, or their average at that version, and the digest. Raises RunDirError unless they are
+    those that the run wrote."""
+    if weights == "average" and version != found.meta.round:
+        raise RunDirError(
+            f"of version {version} the run kept the weights, but not their average",
+            do="add --live to export the weights, or give a version that a checkpoint is of",
+        )
     try:
-        state = unpack(found.version_bytes(version))
+        state = unpack(found.result_bytes() if weights == "average" else found.version_bytes(version))
     except FileNotFoundError as error:
         raise RunDirError(
             f"{found.folder.name} is gone meanwhile: the run is in progress", do="export again, or when it is done"
         ) from error
-    digest, published = weights_digest(state), found.meta.digests[str(version)]
+    digest = weights_digest(state)
+    published = found.meta.average_digest if weights == "average" else found.meta.digests[str(version)]
     if digest != published:
         raise RunDirError(
             f"{found.folder.name} is damaged: its version {version} has other weights",
@@ -165,7 +180,7 @@ def _weights(found: Checkpoint, version: int) -> dict[str, Tensor]:
             expected=published,
             do="export another version",
         )
-    return state
+    return state, digest
 
 
 def _tuned_policy(base: Policy, recipe: Recipe, state: dict[str, Tensor], form: Form) -> Policy:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from cluster.evaluate import Comparison, Evaluation
+from learner.checkpoint import Weights
 from protocol import __version__
 from protocol.paths import model_source
 from protocol.recipe import Full, Recipe, Sampler
@@ -46,20 +47,28 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Card:
-    """What a card tells: `Card(recipe, form="lora", version=20, digest="9f86...", base_digest="d081...",
-    sources=(Source.of_prompts(("a red seven", ...)),), evaluation=None, has_images=True, part="unet")`. `sources` are
-    those of the run's tickets, `part` is what the pipeline calls its denoiser; without an evaluation of this version,
-    or images, the card says nothing of them."""
+    """What a card tells: `Card(recipe, form="lora", version=20, weights="live", digest="9f86...",
+    base_digest="d081...", sources=(Source.of_prompts(("a red seven", ...)),), evaluation=None, has_images=True,
+    part="unet")`. `sources` are those of the run's tickets, `part` is what the pipeline calls its denoiser; without an
+    evaluation of this version, or images, the card says nothing of them."""
 
     recipe: Recipe
     form: Form
     version: int
+    weights: Weights
     digest: str
     base_digest: str
     sources: tuple[Source, ...]
     evaluation: Evaluation | None
     has_images: bool
     part: str
+
+    @property
+    def weights_words(self) -> str:
+        """Which of a version's weights they are."""
+        if self.weights == "live" or self.recipe.learner.ema is None:
+            return "as trained"
+        return f"a moving average of those trained, of decay {self.recipe.learner.ema.decay:g}"
 
 
 def model_card(card: Card) -> str:
@@ -105,7 +114,8 @@ def _introduction(card: Card) -> str:
     return (
         f"# {_base_name(recipe)}, fine-tuned by {recipe.algorithm.name}\n\n"
         f"{what} {base}, trained with sfumato by {_linked(METHODS[recipe.algorithm.name])}. Version {card.version}: "
-        f"each round of {recipe.batch.num_groups} groups of {recipe.batch.group_size} images made one.\n\n"
+        f"each round of {recipe.batch.num_groups} groups of {recipe.batch.group_size} images made one. "
+        f"Its weights are {card.weights_words}.\n\n"
         f"{_start(card)}"
         "The base model's licence, and what it asks of derived models, holds here too: name it in the first lines of "
         "this file before you publish it.\n"
@@ -128,12 +138,13 @@ def _base_name(recipe: Recipe) -> str:
 
 def _loading(card: Card) -> str:
     recipe, sampler = card.recipe, card.recipe.sampler
-    half = ", torch_dtype=torch.bfloat16" if recipe.learner.precision == "bf16" else ""
-    load = [f"pipeline = DiffusionPipeline.from_pretrained(folder{half})"]
+    half = {"fp32": "", "bf16": ", torch_dtype=torch.bfloat16", "fp16": ", torch_dtype=torch.float16"}
+    dtype = half[recipe.learner.precision]
+    load = [f"pipeline = DiffusionPipeline.from_pretrained(folder{dtype})"]
     if card.form == "lora":
         base = model_source(recipe.model.path)
         load = [
-            f"pipeline = DiffusionPipeline.from_pretrained({base!r}{half})",
+            f"pipeline = DiffusionPipeline.from_pretrained({base!r}{dtype})",
             f"pipeline.load_lora_weights(folder, weight_name={LORA_FILE!r})",
         ]
     lines = [
@@ -237,18 +248,21 @@ def _evaluation_row(label: str, row: Comparison, *, is_trained: bool) -> str:
 def _digests(card: Card) -> str:
     lora = card.recipe.model.lora
     rows = {
-        "version": str(card.version),
+        "version": f"{card.version}, its weights {card.weights_words}",
         "weights": f"`{card.digest}`",
         f"base model's {DENOISERS[card.part]}{', and LoRA' if lora else ''}": f"`{card.base_digest}`",
         **({"LoRA that it started from, its file": f"`{lora.digest}`"} if lora else {}),
         "exported by": f"sfumato {__version__}, diffusers {installed('diffusers')}",
     }
+    where = f"as the run published it (`sfumato digest RUN --version {card.version}`)"
+    if card.weights == "average":
+        where = "as the run's checkpoint keeps its average (`average_digest`)"
     table = "\n".join(["| what | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
     precision = "fp32" if lora else card.recipe.learner.precision
     return (
-        f"{table}\n\nSHA-256 of names, dtypes, shapes and bytes of what was trained, as the run published it "
-        f"(`sfumato digest RUN --version {card.version}`), and of the base model's {DENOISERS[card.part]} in "
-        f"{precision}. The run is a function of code, recipe and seed. Nothing here is for resuming it."
+        f"{table}\n\nSHA-256 of names, dtypes, shapes and bytes of what was trained, {where}, and of the base model's "
+        f"{DENOISERS[card.part]} in {precision}. The run is a function of code, recipe and seed. Nothing here is for "
+        "resuming it."
     )
 
 

@@ -50,6 +50,9 @@ from protocol.starting_lora import StartingLora
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The compute dtype of each `learner.precision`."""
+
 MAX_CACHED_PROMPTS = 2048
 """Some 0.5 GB for Stable Diffusion 1.x; far more prompts than a round has."""
 
@@ -61,7 +64,7 @@ class Policy:
     """A latent diffusion model, frozen but for its trainable part.
 
     All networks are in eval mode (dropout off) in one compute dtype, so that policy, reference and rollouts
-    compute alike (algorithms.md 0.7 rule 3).
+    compute alike (algorithms.md 0.7 rule 3); only an autoencoder that overflows in fp16 stays in fp32.
     """
 
     def __init__(
@@ -100,9 +103,11 @@ class Policy:
         self.process = self._placed(self.family.scheduler.process)
         self.vae: AutoencoderKL | None = None
         if with_decoder:
-            self.vae = self._frozen(load(AutoencoderKL, source, "vae", torch_dtype=dtype))
+            self.vae = self._frozen(_load_vae(source, dtype))
         self._encoded: dict[str, Conditioning] = {}
         self._frozen_denoiser: Any = None
+        self.average_denoiser: Any = None
+        """Where `keep_average` was called: a network like `denoiser`, frozen, whose weights the caller sets."""
         self._adapters_enabled = True
         self.num_evaluations = 0
         """Latents that `predict` has evaluated so far, each branch of guidance by itself."""
@@ -115,7 +120,7 @@ class Policy:
             model_source(recipe.model.path),
             trainable=recipe.model.trainable,
             seed=recipe.seed,
-            dtype=torch.bfloat16 if recipe.learner.precision == "bf16" else torch.float32,
+            dtype=DTYPES[recipe.learner.precision],
             device=device,
             with_decoder=with_decoder,
             resolution=recipe.model.resolution,
@@ -203,7 +208,7 @@ class Policy:
         the CPU, in the units that the network sees. Each image is encoded by itself."""
         assert self.vae is not None, "this policy was loaded without its autoencoder"
         pixels = torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        posteriors = [self.vae.encode(image[None].to(self.device, self.dtype)).latent_dist for image in pixels]
+        posteriors = [self.vae.encode(image[None].to(self.device, self.vae.dtype)).latent_dist for image in pixels]
         scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
         mean, std = (torch.cat([getattr(p, name) for p in posteriors]).float().cpu() for name in ("mean", "std"))
         return (mean - shift) * scale, std * scale
@@ -212,7 +217,7 @@ class Policy:
     def decode(self, latent_NCHW: Tensor) -> np.ndarray:
         """Returns images, uint8 (N, H, W, 3)."""
         assert self.vae is not None, "this policy was loaded without its decoder"
-        latent = latent_NCHW.to(self.device, self.dtype) / self.vae.config.scaling_factor
+        latent = latent_NCHW.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
         latent = latent + (self.vae.config.shift_factor or 0.0)
         pixels = (self.vae.decode(latent).sample.float() / 2 + 0.5).clamp(0, 1)
         images: np.ndarray = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -264,6 +269,10 @@ class Policy:
         if isinstance(self.trainable, Full):
             self._frozen_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False)
 
+    def keep_average(self) -> None:
+        """Keeps a second, frozen network, which holds the weights as they are now until the caller sets others."""
+        self.average_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False)
+
     def export(self, folder: Path) -> None:
         """Writes what a plain diffusers pipeline loads: `pytorch_lora_weights.safetensors` for `load_lora_weights` on
         the base model, which has the starting LoRA's layers too, or a folder for each network that is not the base's.
@@ -313,3 +322,11 @@ class Policy:
 
 def _lora_config(lora: Lora) -> LoraConfig:
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
+
+
+def _load_vae(source: str, dtype: torch.dtype) -> AutoencoderKL:
+    """Returns the autoencoder, in fp32 instead of fp16 where its `force_upcast` says that activations overflow, as
+    Stable Diffusion XL's do: what diffusers' pipeline of it does. bf16 has the range of fp32."""
+    if dtype == torch.float16 and load_config(AutoencoderKL, source, "vae").get("force_upcast", True):
+        dtype = torch.float32
+    return load(AutoencoderKL, source, "vae", torch_dtype=dtype)

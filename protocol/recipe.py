@@ -161,12 +161,13 @@ class Redis(Section):
     """The trajectory buffer. It is disposable: whatever is lost in it is made again."""
 
     url: str | None = None
-    """redis:// or rediss:// URL of a server to attach to, or `env:NAME`, the environment variable of the driver that
-    holds it; null starts an embedded one on loopback."""
+    """URL of a server to attach to: redis://, or rediss:// for TLS, whose CA is ?ssl_ca_certs=FILE; of a Redis Cluster:
+    redis+cluster:// or rediss+cluster://; or `env:NAME`, the driver's environment variable that holds it. null starts
+    an embedded one on loopback."""
     maxmemory_bytes: PositiveInt | None = None
     """Memory limit of the embedded server; null: four times what the recipe can have in flight."""
     num_shards: PositiveInt | None = None
-    """Group streams; a multiple of learner.world_size. null: one a rank."""
+    """Group streams; a multiple of learner.world_size, and best of a Redis Cluster's servers. null: one a rank."""
     claim_idle_s: PositiveFloat = 60.0
     """A ticket whose worker shows no progress for this long is given to another."""
     reissue_after_s: PositiveFloat = 10.0

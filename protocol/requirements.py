@@ -227,10 +227,14 @@ def _excursions(recipe: Recipe) -> Iterator[str]:
 
 
 def _perception(recipe: Recipe) -> Iterator[str]:
-    if isinstance(recipe.algorithm, NcpSft | NcpDpo | NcpCpo) and recipe.learner.precision != "fp32":
+    if not isinstance(recipe.algorithm, NcpSft | NcpDpo | NcpCpo):
+        return
+    if recipe.algorithm.perception.encoder_weights == "ema" and recipe.learner.ema is None:
+        yield "algorithm.perception.encoder_weights: ema, but no average is kept; set learner.ema: {decay: 0.999}"
+    if recipe.learner.precision != "fp32":
         yield (
             f"learner.precision: {recipe.learner.precision}; {recipe.algorithm.name} resolves differences of 1e-3 in a "
-            "latent, which bf16 rounds away: use fp32"
+            f"latent, which {recipe.learner.precision} rounds away: use fp32"
         )
 
 

@@ -47,8 +47,9 @@ class Perception(Section):
     blocks: Literal["down", "down_mid", "mid", "multi", "identity"] = "down"
     """Features: the last of the down blocks, of the middle block after them, both, those of every down block and the
     middle one, or the latent itself (a control: weighted noise-space errors)."""
-    encoder_weights: Literal["frozen_base", "random_init", "live"] = "frozen_base"
-    """Whose encoder: the pretrained model's, one with random weights (a control), or the one being trained."""
+    encoder_weights: Literal["frozen_base", "random_init", "ema", "live"] = "frozen_base"
+    """Whose encoder: the pretrained model's, one with random weights (a control), the moving average of the one being
+    trained (needs learner.ema), or that one itself."""
     input: Literal["tau_minus_1", "uniform"] = "tau_minus_1"
     """What it is fed: the state one DDPM step further with shared step noise, or re-noised to a fresh timestep."""
     norm: Literal["none", "relative", "k2"] = "none"

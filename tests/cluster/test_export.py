@@ -23,15 +23,15 @@ from safetensors.torch import load_file
 
 from actors.evaluator import Estimate, draw_images
 from cluster.cli import run_command_line
-from cluster.evaluate import Comparison, Evaluation, write_json
+from cluster.evaluate import Comparison, Evaluation, evaluate_run, write_json
 from cluster.export import export_run
-from cluster.model_card import METHODS
+from cluster.model_card import LORA_FILE, METHODS
 from cluster.run_dir import read_recipe
 from diffusion.chain import Chain
 from diffusion.fingerprint import fingerprint
 from diffusion.policy import Policy
 from diffusion.weights import pack, unpack, weights_digest
-from learner.checkpoint import Meta, begin, commit, latest_checkpoint
+from learner.checkpoint import AVERAGE, Meta, begin, commit, latest_checkpoint
 from protocol.base_model import pinned
 from protocol.paths import ROOT
 from protocol.recipe import Recipe
@@ -117,7 +117,8 @@ def a_recipe(base: Path, **changes: Any) -> Recipe:
 
 
 def make_run(folder: Path, recipe: Recipe) -> Path:
-    """Writes a run of two rounds with a checkpoint of each, whose weights are random and far from the base's."""
+    """Writes a run of two rounds with a checkpoint of each, whose weights are random and far from the base's; an
+    average is half of them."""
     folder.mkdir()
     policy = Policy.from_recipe(recipe, with_decoder=False)
     generator = torch.Generator().manual_seed(3)
@@ -133,6 +134,10 @@ def make_run(folder: Path, recipe: Recipe) -> Path:
         digest = weights_digest(state)
         meta = Meta(version, version, 0, 1, 0, recipe.learner.precision, {str(version): digest}, {})
         draft = begin(folder, version)
+        if recipe.learner.ema:
+            average = {name: tensor.float() / 2 for name, tensor in state.items()}
+            meta = dataclasses.replace(meta, average_digest=weights_digest(average), average_steps=version)
+            (draft / AVERAGE).write_bytes(pack(average))
         (draft / "consolidated.safetensors").write_bytes(b"for resuming")
         commit(draft, meta, {version: pack(state)}, keep_last=2)
         with (folder / "ledger.jsonl").open("a") as ledger:
@@ -308,6 +313,86 @@ def test_the_card_names_the_lora_that_a_run_started_from(exports: dict[str, Expo
         assert f"| LoRA that it started from, its file | `{lora.digest}` |" in card
         assert "| base model's U-Net, and LoRA |" in card
     assert "started from the LoRA" not in exports["adapter"].card
+
+
+@pytest.fixture
+def averaged(model: Path, tmp_path: Path) -> Path:
+    """A run that keeps an average."""
+    changes = {"learner": {"ema": {"decay": 0.99}}, "rewards": [{"name": "jpeg_compressibility"}]}
+    return make_run(tmp_path / "averaged", a_recipe(model, **changes))
+
+
+@pytest.mark.parametrize("weights", ["average", "live"])
+def test_of_a_run_with_an_average_that_is_exported_and_the_weights_if_asked_for(
+    averaged: Path, tmp_path: Path, weights: str
+) -> None:
+    policy, found = Policy.from_recipe(read_recipe(averaged), with_decoder=False), latest_checkpoint(averaged)
+    file = found.folder / (AVERAGE if weights == "average" else "versions/000002.safetensors")
+    policy.load_trainable_state(load_file(file))
+    policy.export(tmp_path / "expected")
+    told = export_run(averaged, tmp_path / "out", live=weights == "live")
+    own, expected = (load_file(tmp_path / name / LORA_FILE) for name in ("out", "expected"))
+    assert weights_digest(own) == weights_digest(expected)
+    card = (tmp_path / "out" / "README.md").read_text()
+    digest = found.meta.average_digest if weights == "average" else found.meta.digests["2"]
+    assert f"`{digest}`" in card
+    words = "a moving average of those trained, of decay 0.99" if weights == "average" else "as trained"
+    assert f"Its weights are {words}." in card
+    assert told["weights"] == words
+    # The run's last pictures are of what it leaves.
+    assert ("images/after.png" in files(tmp_path / "out")) == (weights == "average")
+
+
+def test_an_evaluation_is_of_the_average_and_shown_beside_that_alone(
+    averaged: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    scores = {}
+    (averaged / "three.txt").write_text("a red seven\n")
+    for live in (False, True):
+        result = evaluate_run(averaged, str(averaged / "three.txt"), live=live)
+        assert result.weights == ("live" if live else "average")
+        write_json(result, averaged / "evaluation.json")
+        scores[live] = result.rewards["jpeg_compressibility"].tuned.mean
+        assert result.rewards["jpeg_compressibility"].base.mean not in scores.values()
+    assert scores[False] != scores[True]
+    assert export_run(averaged, tmp_path / "a")["held-out table"].startswith("none")
+    assert export_run(averaged, tmp_path / "b", live=True)["held-out table"] == "1 prompts"
+    told = refused(averaged, "--out", tmp_path / "c", "--evaluation", averaged / "evaluation.json")
+    assert "of another version, or of other weights of it" in told
+
+
+def test_samples_of_a_run_are_its_averages(averaged: Path, tmp_path: Path) -> None:
+    def drawn(*options: str) -> bytes:
+        out = tmp_path / "drawn.png"
+        command = ["sample", str(averaged), "--prompt", PROMPT, "--out", str(out), "--num-images", "1", *options]
+        assert run_command_line(command) == 0
+        return out.read_bytes()
+
+    average, live = drawn(), drawn("--live")
+    assert average != live
+    shutil.copy(
+        latest_checkpoint(averaged).folder / AVERAGE, latest_checkpoint(averaged).folder / "versions/000002.safetensors"
+    )
+    assert drawn("--live") == average
+
+
+def test_a_version_whose_average_was_not_kept_is_refused_unless_its_weights_are_asked_for(
+    averaged: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    older, newer = sorted((averaged / "checkpoints").iterdir())
+    metas = [json.loads((folder / "meta.json").read_text()) for folder in (older, newer)]
+    (older / "versions" / "000001.safetensors").rename(newer / "versions" / "000001.safetensors")
+    (newer / "meta.json").write_text(json.dumps({**metas[1], "digests": metas[0]["digests"] | metas[1]["digests"]}))
+    assert export_run(averaged, tmp_path / "a", version=1)["version"].startswith("1, ")
+    shutil.rmtree(older)
+    assert "but not their average" in refused(averaged, "--out", tmp_path / "c", "--version", "1")
+    assert export_run(averaged, tmp_path / "b", version=1, live=True)["weights"] == "as trained"
+
+
+def test_a_damaged_average_is_refused(averaged: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    folder = latest_checkpoint(averaged).folder
+    shutil.copy(folder / "versions" / "000002.safetensors", folder / AVERAGE)
+    assert "is damaged" in refused(averaged, "--out", tmp_path / "out")
 
 
 def test_of_a_full_run_every_weight_is_the_published_one(exports: dict[str, Exported]) -> None:

@@ -116,6 +116,10 @@ def test_a_server_that_evicts_our_keys_is_refused(own_redis_server: RedisServer)
         (f"redis://127.0.0.1:6380?password={SECRET}", "unknown option"),
         (f"redis://:{SECRET}@127.0.0.1:6380?decode_responses=yes", "unknown option"),
         (f"redis://:{SECRET}@127.0.0.1:6380?ssl_novelty=1", "cannot be used"),
+        (f"rediss+cluster://:{SECRET}@127.0.0.1:6380?ssl_novelty=1", "cannot be used"),
+        (f"redis://:{SECRET}@127.0.0.1:6380,127.0.0.1:6381", "cannot be read"),
+        (f"redis+cluster://:{SECRET}@127.0.0.1:6380,", "cannot be read"),
+        (f"redis+cluster://:{SECRET}@127.0.0.1:6380/3", "cannot be read"),
     ],
 )
 def test_a_url_that_cannot_be_used_is_explained(url: str, reason: str) -> None:
@@ -128,6 +132,7 @@ def test_a_url_that_cannot_be_used_is_explained(url: str, reason: str) -> None:
         (f"redis://user:{SECRET}@host:7000/3", "redis://host:7000/3"),
         (f"rediss://:{SECRET}@[::1]:7000?ssl_ca_certs=/ca.pem", "rediss://[::1]:7000"),
         ("redis://host", "redis://host:6379"),
+        (f"redis+cluster://:{SECRET}@one:7000,[::1]:7001/0", "redis+cluster://one:7000,[::1]:7001/0"),
     ],
 )
 def test_an_address_is_shown_without_its_password(url: str, shown: str) -> None:
