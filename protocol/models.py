@@ -145,7 +145,9 @@ def vae_factor(vae: Mapping[str, Any]) -> int:
 
 def _read(file: Path, source: str) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text())
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no settings")
         return content
     except (OSError, ValueError) as error:
         raise ModelError(

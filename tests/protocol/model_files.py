@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from protocol.models import parts_of
+
 
 def write_model_files(
     folder: Path,
@@ -27,4 +29,12 @@ def write_model_files(
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def add_empty_parts(folder: Path) -> Path:
+    """Completes such a folder with files without content: enough to be seen, not to be loaded."""
+    for part in parts_of(folder):
+        (folder / part).mkdir(exist_ok=True)
+        (folder / part / "model.safetensors").touch()
     return folder
