@@ -14,6 +14,7 @@ as the recipe's `supervision` says.
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +25,7 @@ import ray
 from cluster import launch
 from cluster.attempt import Attempt, LearnerLostError, Show, Status
 from cluster.environments import prepare
+from cluster.memory import check_nodes
 from cluster.redis_server import ForeignRedis, RedisKeeper, RedisServer
 from cluster.run_dir import RunDir
 from cluster.signals import interrupt_on_sigterm
@@ -54,6 +56,8 @@ class Driver:
             interrupt_on_sigterm()
             stack.callback(ray.shutdown)
             launch.check_cluster(self._recipe)
+            if os.environ.get("RAY_ADDRESS"):
+                check_nodes(self._recipe, self._tell)
             while True:
                 try:
                     # Each time, for nodes that have joined meanwhile.

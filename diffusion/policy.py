@@ -28,6 +28,7 @@ from diffusion.kernels import PredictionType, guide, predicted_noise_and_clean
 from diffusion.schedules import StepConstants, make_schedule, noise_level
 from diffusion.weights import State, weights_digest
 from protocol.errors import ModelError
+from protocol.memory import MAX_CACHED_PROMPTS
 from protocol.paths import model_source
 from protocol.recipe import Full, Lora, Recipe, Sampler
 from protocol.seeds import Purpose, derive_seed
@@ -35,9 +36,6 @@ from protocol.seeds import Purpose, derive_seed
 # Every process of a run loads the model; their progress bars would bury the run's own.
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
-
-MAX_CACHED_PROMPTS = 2048
-"""Some 0.5 GB for Stable Diffusion 1.x; far more prompts than a round has."""
 
 Denoiser = Callable[..., Any]
 """A U-Net, or an engine that wraps it: called as its family calls it."""
