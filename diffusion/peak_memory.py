@@ -1,4 +1,4 @@
-"""The most memory that this process has held so far: of its GPU what torch allocated, of a CPU all that was resident."""
+"""The most memory that this process has held: of its GPU what torch allocated, of a CPU all that was resident."""
 
 from __future__ import annotations
 

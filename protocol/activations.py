@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 Config = Mapping[str, Any]
@@ -32,8 +33,8 @@ ATTENTION_BACKWARD = 8
 """Widths that a transformer layer's backward pass makes: the gradient before the gate."""
 
 ATTENTION_PASSING, ATTENTION_PASSING_ADAPTED = 22, 31
-"""Widths alive in a transformer layer and around it without a graph. An adapter's part is made, scaled and added: three arrays of the
-width before the gate instead of one."""
+"""Widths alive in a transformer layer and around it without a graph. An adapter's part is made, scaled and added: three
+arrays of the width before the gate instead of one."""
 
 JOINT_LAYER, JOINT_LAYER_FULL, SINGLE_LAYER, SINGLE_LAYER_FULL = 19.5, 28.1, 14.2, 25.1
 """Widths a token of FLUX's two kinds of layers, with adapters and with all weights trained."""
@@ -76,13 +77,18 @@ class _Unit:
 def unet_activations(config: Config, *, full: bool) -> Activations:
     """Returns what diffusers' UNet2DConditionModel holds; `full` where all weights are trained, not adapters alone."""
     units = list(_unet_units(config, full=full))
-    largest = max(units, key=lambda unit: unit.kept)
     outside = sum(unit.outside for unit in units)
     return Activations(
-        kept=sum(unit.kept for unit in units) + outside + largest.backward,
-        checkpointed=sum(unit.entering for unit in units) + outside + largest.kept + largest.backward,
+        kept=sum(unit.kept for unit in units) + outside + max(unit.backward for unit in units),
+        checkpointed=_checkpointed(units),
         passing=max(unit.passing + unit.waiting for unit in units),
     )
+
+
+def _checkpointed(units: Sequence[_Unit]) -> int:
+    """The backward pass computes a unit again while the inputs of all before it wait; those behind it are gone."""
+    waiting = accumulate(unit.entering + unit.outside for unit in units)
+    return max(held + unit.kept + unit.backward for held, unit in zip(waiting, units, strict=True))
 
 
 def _unet_units(config: Config, *, full: bool) -> Iterator[_Unit]:
@@ -157,8 +163,8 @@ def num_tokens(config: Config) -> int:
     """Returns a transformer's tokens of image and prompt."""
     if "num_single_layers" in config:
         return FLUX_IMAGE_TOKENS + FLUX_TEXT_TOKENS
-    sides = (side // config["patch_size"] for side in _pair(config["sample_size"]))
-    return math.prod(sides) + SD3_TEXT_TOKENS
+    height, width = _pair(config["sample_size"])
+    return height * width // int(config["patch_size"]) ** 2 + SD3_TEXT_TOKENS
 
 
 def num_text_tokens(config: Config) -> int:
@@ -175,8 +181,8 @@ def latent_shape_CHW(config: Config) -> tuple[int, int, int]:
 
 
 def decoder_passing(config: Config, latent_area: int) -> int:
-    """Returns what an autoencoder's decoder has alive of one image: three maps of its last but one width, at the size of
-    the image."""
+    """Returns what an autoencoder's decoder has alive of one image: three maps of its second width, at the image's
+    size."""
     channels = config["block_out_channels"]
     return 3 * int(channels[min(1, len(channels) - 1)]) * _image_area(config, latent_area)
 
@@ -187,7 +193,8 @@ def encoder_passing(config: Config, latent_area: int) -> int:
 
 
 def _image_area(config: Config, latent_area: int) -> int:
-    return latent_area * 4 ** (len(config["block_out_channels"]) - 1)
+    num_halvings: int = len(config["block_out_channels"]) - 1
+    return latent_area * 1 << 2 * num_halvings
 
 
 def _pair(size: Any) -> tuple[int, int]:

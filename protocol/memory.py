@@ -46,6 +46,7 @@ LIVE_ENTRIES = 1_000_000_000
 LOWER_BATCH = "lower learner.micro_batch_size, or set learner.gradient_checkpointing=true"
 SHARD = "raise learner.zero_stage, or learner.world_size with it, or set learner.offload_optimizer=true"
 ADAPT = "train adapters (model.trainable.form=lora) or in bf16 (learner.precision=bf16)"
+STEP = "the optimizer step's own arrays"
 HALVE = "set learner.precision=bf16, or choose a smaller base model"
 
 
@@ -127,10 +128,13 @@ def _learner_rank(recipe: Recipe, files: ModelFiles, role: str) -> Process:
         Item("versions kept", (_num_versions(recipe) + 1) * width * trained, "host", "lower lag"),
     ]
     activations = _of_micro_batch(recipe, files)
-    # Where they are larger than activations, the step's own arrays take their place.
-    step = max(0, 4 * trained // (learner.world_size if learner.sharded_stage else 1) - activations.size_bytes)
-    place = "host" if learner.offload_optimizer else "device"
-    items += [activations, Item("the optimizer step's own arrays", step, place, SHARD)]
+    step = _step_bytes(learner, trained)
+    if learner.offload_optimizer:
+        items.append(Item(STEP, step, "host", SHARD))
+    else:
+        # Activations are gone when the optimizer steps: its arrays take their place.
+        items.append(Item(STEP, max(0, step - activations.size_bytes), "device", SHARD))
+    items.append(activations)
     return Process(role, learner.world_size, learner, _not_empty(items))
 
 
@@ -158,17 +162,20 @@ def _optimizer(learner: Learner, trained: int) -> Iterator[Item]:
     yield Item("AdamW's moments", 8 * part, place, SHARD)
     # In fp32 the backward pass leaves whole gradients, which are reduced once, at the end.
     yield Item("gradients", width * trained, "device", ADAPT)
-    if stage:
-        sums = trained if is_bf16 and stage == 1 else part
-        yield Item("fp32 sums of gradients", 4 * sums, place, SHARD)
-    if stage > 1 or (stage == 1 and not is_bf16):
-        yield Item("DeepSpeed's bucket of gradients", _bucket(learner, trained), "device", "set learner.zero_stage=1")
+    if stage and not (is_bf16 and stage == 2):
+        yield Item("fp32 sums of gradients", 4 * (trained if is_bf16 and stage == 1 else part), place, SHARD)
+    if learner.num_gpus and (stage > 1 or (stage == 1 and not is_bf16)):
+        # On a CPU only what is written to becomes real memory.
+        yield Item("DeepSpeed's bucket of gradients", width * BUCKET_ENTRIES, "device", "set learner.zero_stage=1")
 
 
-def _bucket(learner: Learner, trained: int) -> int:
-    """On a CPU only what is written to becomes real memory."""
-    width = 2 if learner.precision == "bf16" else 4
-    return width * (BUCKET_ENTRIES if learner.num_gpus else min(trained, BUCKET_ENTRIES))
+def _step_bytes(learner: Learner, trained: int) -> int:
+    """What AdamW's step makes, in all of this rank's part at once: the denominator; sharded and in bf16, or in stage 3,
+    a flat copy of the gradients; offloaded, one more on its way back."""
+    if learner.sharded_stage == 0:
+        return 4 * trained
+    num_copies = 1 + (learner.precision == "bf16" or learner.sharded_stage == 3) + learner.offload_optimizer
+    return 4 * num_copies * trained // learner.world_size
 
 
 def _of_micro_batch(recipe: Recipe, files: ModelFiles) -> Item:
