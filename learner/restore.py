@@ -20,7 +20,7 @@ def save_engine(engine: Engine, folder: Path) -> str | None:
     rank calls it."""
     engine.save(folder / "state")
     whole = engine.consolidated()
-    average = engine.average and engine.average.whole()
+    average = None if engine.average is None else engine.average.whole()
     engine.barrier()
     if whole is not None:
         save_file(whole, folder / CONSOLIDATED)
