@@ -20,7 +20,7 @@ def save_engine(engine: Engine, folder: Path) -> str | None:
     rank calls it."""
     engine.save(folder / "state")
     whole = engine.consolidated()
-    average = None if engine.average is None else engine.average.whole()
+    average = engine.average.whole() if engine.average else None
     engine.barrier()
     if whole is not None:
         save_file(whole, folder / CONSOLIDATED)
