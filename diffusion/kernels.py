@@ -85,7 +85,8 @@ def teacher_forced_transition(
     """Draws a step of real images' trajectories, with the kernel of a network that knows x0 (algorithms.md 0.6).
 
     The image stands for x0_hat and (x_t - A x0)/S for eps, so for every eta each state keeps the forward marginal
-    N(A x0, S^2 I), and an unscored last step lands on the image. log_prob_N is this kernel's density, no policy's.
+    N(A x0, S^2 I), a flow's up to the error of Euler's step, and an unscored last step lands on the image.
+    log_prob_N is this kernel's density, no policy's.
     """
     return transition(
         state_NCHW, clean_NCHW, constants, prediction_type="sample", noise_NCHW=noise_NCHW, wire_dtype=wire_dtype

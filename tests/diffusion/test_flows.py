@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusion.chain import Chain
 from diffusion.excursion import draw_start, excursion, excursion_schedule, walk_again
 from diffusion.families.schedulers import FlowScheduler, shift_of
-from diffusion.kernels import noised, predicted_noise_and_clean, transition
+from diffusion.kernels import noised, predicted_noise_and_clean, teacher_forced_transition, transition
 from diffusion.policy import Policy
 from diffusion.process import Flow, VariancePreserving
 from diffusion.schedules import StepConstants, make_flow_schedule
@@ -148,6 +148,72 @@ def walk_moments(shares: list[float], kernel: str, eta: float) -> tuple[float, f
         slope, sigma = at_one - at_zero, float(drawn.sigma_N[0])
         mean, variance = at_zero + slope * mean, slope**2 * variance + sigma**2
     return mean, variance
+
+
+def shifted(num_steps: int) -> list[float]:
+    """Shares of noise that start evenly and are shifted by 3."""
+    even = [1 - step / num_steps for step in range(num_steps)]
+    return [3 * share / (1 + 2 * share) for share in even]
+
+
+def real_spread(kernel: str, eta: float, shares: list[float], reach: int) -> float:
+    """Standard deviation of a real image's latent after so many steps, in shares of noise there. Steps are linear."""
+    constants, variance = schedule(shares, kernel, eta), shares[0] ** 2
+    for step in range(reach):
+        drawn = teacher_forced_transition(
+            column(0.0, 1.0), column(0.0, 0.0), constants.at(torch.tensor([step] * 2)), noise_NCHW=column(0.0, 0.0)
+        )
+        at_zero, at_one = drawn.mean_NCHW.flatten().tolist()
+        variance = (at_one - at_zero) ** 2 * variance + float(drawn.sigma_N[0]) ** 2
+    return math.sqrt(variance) / shares[reach]
+
+
+@pytest.mark.parametrize("kernel", ["flow_grpo", "dance_grpo"])
+def test_without_noise_real_images_keep_the_forward_process(kernel: str) -> None:
+    assert real_spread(kernel, 0.0, shifted(10), 9) == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize(("kernel", "eta"), KERNELS)
+def test_a_step_adds_the_error_of_eulers_step_to_real_images(kernel: str, eta: float) -> None:
+    """nu^2 d^2 / s + (nu^2 d / 2 s)^2 of variance; docs/models.md."""
+    share, length = 0.6, 0.1
+    nu_square = eta**2 * (share / (1 - share) if kernel == "flow_grpo" else 1)
+    excess = nu_square * length**2 / share + (nu_square * length / (2 * share)) ** 2
+    found = (real_spread(kernel, eta, [share, share - length, 0.1], 1) * (share - length)) ** 2
+    assert found - (share - length) ** 2 == pytest.approx(excess, rel=1e-9)
+
+
+def test_real_images_reach_a_given_share_as_in_the_forward_process_but_for_flow_grpos_first_step() -> None:
+    """Half the way, in even steps: the excess falls like 1/T, to what the first step of eta^4/4 leaves of it."""
+    excesses = {
+        kernel: [
+            real_spread(kernel, eta, [1 - step / num for step in range(num)], num // 2) - 1 for num in (40, 80, 160)
+        ]
+        for kernel, eta in KERNELS
+    }
+    assert [excesses["dance_grpo"][i] / excesses["dance_grpo"][i + 1] for i in (0, 1)] == [
+        pytest.approx(2, abs=0.1),
+        pytest.approx(2, abs=0.1),
+    ]
+    assert excesses["flow_grpo"][0] > excesses["flow_grpo"][1] > excesses["flow_grpo"][2] > 0
+    first = real_spread("flow_grpo", 0.7, [1.0, 1 - 1e-6, 0.5], 1) ** 2 - 1
+    assert first == pytest.approx(0.7**4 / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "eta", "num_steps", "spread"),
+    [
+        ("flow_grpo", 0.7, 10, 1.29),
+        ("flow_grpo", 0.7, 80, 1.30),
+        ("dance_grpo", 0.3, 10, 1.06),
+        ("dance_grpo", 0.3, 80, 1.60),
+    ],
+)
+def test_the_last_noised_state_of_a_real_image_has_more_noise_than_its_share_however_many_steps(
+    kernel: str, eta: float, num_steps: int, spread: float
+) -> None:
+    """Its share is as small as a step; the numbers of docs/models.md."""
+    assert real_spread(kernel, eta, shifted(num_steps), num_steps - 1) == pytest.approx(spread, abs=0.005)
 
 
 @pytest.mark.parametrize("shares", [[0.5, 0.6], [1.2, 0.5], [0.5, 0.5], [0.5, 0.0]])

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from protocol.algorithms import ALGORITHMS
 from protocol.errors import ModelError
 from protocol.models import FAMILIES, ModelFacts, predicts_flow, read_facts
+from protocol.paths import ROOT
+from protocol.recipe_file import parse_recipe
+from protocol.requirements import KERNELS, check_model
 from tests.protocol.model_files import write_model_files
 
 UNET = {"in_channels": 4, "block_out_channels": [320, 640, 1280, 1280], "sample_size": 64}
@@ -23,6 +29,21 @@ DENOISERS: dict[str, dict[str, Any]] = {
     "FluxPipeline": FLUX,
 }
 """As much of real networks' configurations as is read."""
+
+PIPELINES = {
+    "CompVis/stable-diffusion-v1-4": "StableDiffusionPipeline",
+    "stabilityai/stable-diffusion-xl-base-1.0": "StableDiffusionXLPipeline",
+    "stabilityai/stable-diffusion-3.5-medium": "StableDiffusion3Pipeline",
+    "black-forest-labs/FLUX.1-dev": "FluxPipeline",
+}
+REST: dict[str, Any] = {
+    "rounds": 1,
+    "prompts": {"train": "prompts.txt"},
+    "batch": {"num_groups": 2, "group_size": 2},
+    "rewards": [{"name": "pick_score"}],
+    "algorithm": {"name": "prdp", "kl_weight": 1.0, "clip_eps": 1.0e-4},
+}
+"""What the guide's recipes leave out."""
 
 
 def write(folder: Path, pipeline: str, **changes: Any) -> str:
@@ -147,3 +168,34 @@ def test_another_family_is_refused_with_those_that_are_supported(tmp_path: Path,
 
 def test_a_hub_id_says_nothing_before_it_is_loaded() -> None:
     assert read_facts("black-forest-labs/FLUX.1-dev", 1024) is None
+
+
+# docs/models.md
+
+
+GUIDE = (ROOT / "docs" / "models.md").read_text()
+
+
+def test_the_guides_recipes_are_recipes_of_their_families() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", GUIDE, flags=re.DOTALL)
+    assert len(blocks) == len(FAMILIES)
+    for block in blocks:
+        recipe = parse_recipe({**REST, **yaml.safe_load(block)}, source="docs/models.md")
+        check_model(recipe, "epsilon" if "unet" in FAMILIES[PIPELINES[recipe.model.path]] else "flow")
+        for name in re.findall(r"[\w*]+(?=\.yaml)", block):
+            assert list((ROOT / "recipes").glob(f"{name}.yaml")), name
+
+
+def test_the_guides_table_has_every_family() -> None:
+    assert set(re.findall(r"\| `(\w+Pipeline)` \|", GUIDE)) == FAMILIES.keys()
+
+
+def test_the_guides_tables_of_algorithms_and_kernels_are_what_is_checked() -> None:
+    able: dict[str, tuple[str, ...]] = {name: kind.predictions for name, kind in ALGORITHMS.items()}
+    columns = ("epsilon", "v_prediction", "sample", "flow")
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| ((?:(?:yes|no) \| ?){4})$", GUIDE, flags=re.MULTILINE)
+    told = {name: entries.replace("|", "").split() for names, entries in rows for name in re.findall(r"\w+", names)}
+    assert told == {
+        name: ["yes" if column in predictions else "no" for column in columns]
+        for name, predictions in {**able, **KERNELS}.items()
+    }
