@@ -76,9 +76,13 @@ def taken_in(before: dict[str, Tensor], live: dict[str, Tensor], num_steps: int)
     return {name: tensor + (live[name] - tensor) * weight for name, tensor in before.items()}
 
 
-def test_an_average_changes_no_weight_and_is_what_a_run_leaves_and_goes_on_with(desk: Desk, tmp_path: Path) -> None:
-    parts = {**CASES["sft_online"], **EVERY}
-    plain, whole = desk.run("plain", parts, learner=LEARNER), desk.run("whole", parts, learner=AVERAGING)
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_an_average_changes_no_weight_and_is_what_a_run_leaves_and_goes_on_with(
+    desk: Desk, tmp_path: Path, stage: int
+) -> None:
+    parts, averaging = {**CASES["sft_online"], **EVERY}, {**AVERAGING, "zero_stage": stage}
+    plain = desk.run(f"plain-{stage}", parts, learner={**LEARNER, "zero_stage": stage})
+    whole = desk.run(f"whole-{stage}", parts, learner=averaging)
     plain.train()
     whole.train()
     assert published(plain) == published(whole)
@@ -92,8 +96,8 @@ def test_an_average_changes_no_weight_and_is_what_a_run_leaves_and_goes_on_with(
         left == exported(whole, average, tmp_path / "average") != exported(whole, live_of(found[3]), tmp_path / "live")
     )
     assert not (latest_checkpoint(plain.run_dir).folder / AVERAGE).exists()
-    train_and_kill(desk.run("broken", parts, learner=AVERAGING), 2)
-    resumed = desk.run("broken", parts, learner=AVERAGING, attempt=1)
+    train_and_kill(desk.run(f"broken-{stage}", parts, learner=averaging), 2)
+    resumed = desk.run(f"broken-{stage}", parts, learner=averaging, attempt=1)
     resumed.train()
     assert latest_checkpoint(resumed.run_dir).meta.average_digest == found[3].meta.average_digest
     assert latest_checkpoint(resumed.run_dir).meta.average_steps == 3

@@ -27,7 +27,7 @@ BF16_STAGE3_GAP = 0.2
 """Stage 3 computes linear layers by itself, so as not to keep whole weights, and rounds once more before their bias."""
 BF16_NORM_GAP = 0.02
 FP16_GAP = 0.01
-"""Three more digits than bf16; gradients below its range, which the scale does not lift, are lost."""
+"""Three more bits than bf16; gradients below its range, which the scale does not lift, are lost."""
 FP16_STAGE3_GAP = 0.05
 FP16_NORM_GAP = 0.003
 
