@@ -13,6 +13,7 @@ import numpy as np
 from actors.makers import GroupMaker, Made
 from diffusion.chain import Chain
 from diffusion.fingerprint import fingerprint
+from diffusion.peak_memory import peak_bytes
 from diffusion.weights import unpack, weights_digest
 from protocol.groups import Group
 from protocol.tickets import Ticket
@@ -79,6 +80,11 @@ class Rollout:
         self._worker = f"{worker}@{socket.gethostname()}"
         self._fingerprint = fingerprint(chain.policy.device, chain.policy.base_digest)
         self._digest = ""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that this process has held."""
+        return peak_bytes(self._chain.policy.device)
 
     def sample(self, ticket: Ticket, after_step: Callable[[], None]) -> Sampled:
         """Makes the ticket's group and sends its images to be scored, without waiting for the scores."""

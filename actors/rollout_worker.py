@@ -107,4 +107,5 @@ class RolloutWorker:
             busy_s=self._busy_s,
             alive_s=now - self._started_at,
             ticket=self._sampling.ticket.ticket_id if self._sampling else None,
+            peak_bytes=self._rollout.peak_bytes,
         )

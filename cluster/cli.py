@@ -204,6 +204,7 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _train(options: argparse.Namespace) -> None:
     from protocol.derived import check_before_start, derived_numbers
     from protocol.errors import RunDirError
+    from protocol.memory import memory_numbers
     from protocol.recipe_file import load_recipe
     from rewards.loading import check_exists
 
@@ -211,7 +212,7 @@ def _train(options: argparse.Namespace) -> None:
     check_before_start(recipe)
     for reward in (*recipe.scored_rewards, *recipe.evaluation.rewards):
         check_exists(reward.name)
-    _print_numbers(derived_numbers(recipe))
+    _print_numbers(derived_numbers(recipe) | memory_numbers(recipe))
     if options.dry_run:
         return
     if options.resume and options.run_dir is None:
@@ -220,13 +221,14 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _print_numbers(numbers: Mapping[str, str]) -> None:
-    width = max(map(len, numbers))
+    width = max(map(len, numbers), default=0)
     for name, value in numbers.items():
         print(f"  {name:<{width}}  {value}")
 
 
 def _start(recipe: Recipe, options: argparse.Namespace) -> None:
     from cluster.driver import Driver, check_redis, default_run_dir
+    from cluster.memory import check_here, peak_numbers
     from cluster.progress import display
     from cluster.run_dir import RunDir
     from protocol.base_model import pinned
@@ -238,6 +240,7 @@ def _start(recipe: Recipe, options: argparse.Namespace) -> None:
         if not pins_of(reward):
             resolve(reward.name)
     check_redis(recipe)
+    check_here(recipe, lambda words: print(f"note: {words}", flush=True))
     run_dir = RunDir(options.run_dir or default_run_dir(options.recipe), recipe, resume=options.resume)
     try:
         print(f"run directory: {run_dir.path}", flush=True)
@@ -251,6 +254,7 @@ def _start(recipe: Recipe, options: argparse.Namespace) -> None:
         raise
     finally:
         run_dir.release()
+    _print_numbers(peak_numbers(recipe, run_dir.path))
     print(f"done: {run_dir.path}")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from cluster.doctor_packages import TorchFacts, check_imports, check_packages, torch_facts
 from cluster.finding import Finding, Verdict, guarded
 from protocol.errors import RedisError
+from protocol.memory import PROCESS_BYTES, estimate
 from protocol.paths import ROOT, model_source
 from protocol.recipe import Full, Recipe
 
@@ -24,9 +25,6 @@ LEAST_BYTES = GIB
 """Below this much free memory or disk nothing can be started."""
 
 ROOMY_BYTES = 4 * GIB
-PROCESS_BYTES = 700 * 2**20
-"""What a process takes that has imported torch, diffusers and Ray."""
-
 DISK_TIMES_WEIGHTS = 8
 """A checkpoint of full fine-tuning, in sizes of a half-precision U-Net: DeepSpeed's fp32 master and moments, their
 consolidated copy, and the published bytes."""
@@ -175,11 +173,11 @@ def check_cores(recipe: Recipe | None, cores: int) -> Finding:
 
 
 def check_memory(recipe: Recipe | None, free_bytes: int) -> Finding:
-    """Free memory against the weights and libraries of all processes that compute on CPUs."""
+    """Free memory against what the processes of a run are estimated to hold of it."""
     found, needed = f"{free_bytes / GIB:.1f} GiB free", 0
     if recipe is not None:
-        needed = _least_memory(recipe)
-        found += f"; processes and weights need at least {needed / GIB:.1f} GiB"
+        needed = _needed_memory(recipe)
+        found += f"; the run needs some {needed / GIB:.1f} GiB"
     if free_bytes < LEAST_BYTES:
         return Finding("memory", "error", found, do="end other programs")
     if free_bytes < max(needed, ROOMY_BYTES):
@@ -188,11 +186,12 @@ def check_memory(recipe: Recipe | None, free_bytes: int) -> Finding:
     return Finding("memory", "ok", found)
 
 
-def _least_memory(recipe: Recipe) -> int:
-    weights = folder_bytes(model_source(recipe.model.path))
-    on_cpu = [(learner, learner.world_size) for learner in recipe.learners if learner.num_gpus == 0]
-    rollouts = [(recipe.rollout_worker, recipe.rollouts)] if recipe.rollout_worker.num_gpus == 0 else []
-    return sum(count * (weights + PROCESS_BYTES) for _, count in [*on_cpu, *rollouts])
+def _needed_memory(recipe: Recipe) -> int:
+    """Of a model that is not on disk yet only the libraries are known."""
+    processes = estimate(recipe)
+    if processes is None:
+        return PROCESS_BYTES * (recipe.rollouts + sum(learner.world_size for learner in recipe.learners))
+    return sum(process.count * process.size_bytes("host") for process in processes)
 
 
 def check_disk(recipe: Recipe | None, run_folder: Path) -> Finding:
@@ -263,6 +262,13 @@ def free_memory_bytes() -> int:
     free = int(lines["MemAvailable"].split()[0]) * 1024
     limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
     return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
+
+
+def total_memory_bytes() -> int:
+    """Returns the machine's memory, or the container's limit."""
+    lines = dict(line.split(":", 1) for line in _read("/proc/meminfo").splitlines() if ":" in line)
+    total, limit = int(lines["MemTotal"].split()[0]) * 1024, _read("/sys/fs/cgroup/memory.max")
+    return min(total, int(limit)) if limit.isdigit() else total
 
 
 def folder_bytes(source: str, part: str = "") -> int:

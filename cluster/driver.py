@@ -25,6 +25,7 @@ import ray
 from cluster import launch
 from cluster.attempt import Attempt, LearnerLostError, Show, Status
 from cluster.environments import prepare
+from cluster.memory import check_nodes
 from cluster.nodes import wait_for_nodes
 from cluster.redis_server import ForeignRedis, RedisKeeper, RedisServer
 from cluster.run_dir import RunDir
@@ -55,6 +56,8 @@ class Driver:
             interrupt_on_sigterm()
             stack.callback(ray.shutdown)
             wait_for_nodes(self._recipe, self._tell)
+            if os.environ.get("RAY_ADDRESS"):
+                check_nodes(self._recipe, self._tell)
             while True:
                 try:
                     # Each time, for nodes that have joined meanwhile.

@@ -177,7 +177,7 @@ def _weights(found: Checkpoint, version: int, weights: Weights) -> tuple[dict[st
         raise RunDirError(
             f"{found.folder.name} is damaged: its version {version} has other weights",
             value=digest,
-            expected=published,
+            expected=str(published),
             do="export another version",
         )
     return state, digest

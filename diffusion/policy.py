@@ -39,6 +39,7 @@ from diffusion.starting_lora import (
 )
 from diffusion.weights import State, weights_digest
 from protocol.errors import ModelError
+from protocol.memory import MAX_CACHED_PROMPTS
 from protocol.models import latent_shape, vae_factor
 from protocol.paths import model_source
 from protocol.recipe import Full, Lora, Recipe, Sampler
@@ -52,9 +53,6 @@ transformers.utils.logging.disable_progress_bar()
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The compute dtype of each `learner.precision`."""
-
-MAX_CACHED_PROMPTS = 2048
-"""Some 0.5 GB for Stable Diffusion 1.x; far more prompts than a round has."""
 
 Denoiser = Callable[..., Any]
 """A U-Net or transformer, or an engine that wraps it: called as its family calls it."""

@@ -44,7 +44,8 @@ class Average:
         """Takes in the masters after an optimizer step."""
         weight = 1 - min(self._decay, (1 + self.num_steps) / (10 + self.num_steps))
         for own, masters in zip(self._shards, self._engine.master_shards(), strict=True):
-            for part, master in zip(own.view(-1).split(CHUNK), masters.view(-1).split(CHUNK), strict=True):
+            for start in range(0, own.numel(), CHUNK):
+                part, master = (flat.view(-1)[start : start + CHUNK] for flat in (own, masters))
                 # One rounding an operation: a fused one would round differently at the end of a shard.
                 part += (master - part).mul_(weight)
         self.num_steps += 1

@@ -80,6 +80,7 @@ def metrics_row(
     costs: dict[str, float],
     left_out: Sequence[str] = (),
     busy: dict[str, float] | None = None,
+    peaks: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Returns a round's line for people and plots. What an optimizer step reports is given as the mean over the
     round's steps, which `updates` lists one by one."""
@@ -104,6 +105,7 @@ def metrics_row(
         **{f"groups/{name}": value for name, value in vars(counts).items()},
         **{f"time/{name}": value for name, value in times.items()},
         **{f"busy/{name}": share for name, share in (busy or {}).items()},
+        **{f"memory/{role}_peak_bytes": value for role, value in (peaks or {}).items()},
         **{f"cost/{name}": value for name, value in costs.items()},
     }
 

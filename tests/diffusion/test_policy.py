@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,26 @@ def test_half_precision_policy_and_reference_share_their_dtype(tiny_model: str) 
     assert dtypes == {torch.bfloat16}
     assert torch.equal(predict(policy), predict_reference(policy))
     assert predict(policy).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_an_autoencoder_that_overflows_in_fp16_computes_in_fp32(
+    tiny_xl_model: Path, tmp_path: Path, dtype: torch.dtype, force_upcast: bool
+) -> None:
+    source = shutil.copytree(tiny_xl_model, tmp_path / "model")
+    config = source / "vae" / "config.json"
+    assert json.loads(config.read_text())["force_upcast"]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"force_upcast": force_upcast}))
+    policy, exact = load(str(source), dtype=dtype), load(str(source))
+    upcast = dtype == torch.float16 and force_upcast
+    assert policy.denoiser.dtype == dtype
+    assert {p.dtype for p in policy.vae.parameters()} == {torch.float32 if upcast else dtype}
+    # Beyond fp16, as activations of the real one are.
+    latents = 1e5 * items(exact)[0]
+    images = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
+    assert np.array_equal(policy.decode(latents), exact.decode(latents)) == upcast
+    assert torch.equal(policy.encode(images)[0], exact.encode(images)[0]) == upcast
 
 
 def test_the_prediction_type_and_schedule_are_the_models_own(tiny_model: str, tiny_velocity_model: str) -> None:

@@ -193,6 +193,11 @@ def test_an_unknown_training_form_is_refused_with_the_legal_ones() -> None:
         ({"algorithm": {"name": "dpo"}}, "  - algorithm: exactly one of beta_half"),
         ({"algorithm": {"name": "ncp_dpo", "beta_half": 1, "beta_full": 2}}, "they are 1.0 and 2.0."),
         ({"learner": {"offload_optimizer": True}}, "  - learner.offload_optimizer: true needs learner.zero_stage"),
+        (
+            {"learner": {"offload_parameters": True, "zero_stage": 2}},
+            "  - learner.offload_parameters: true needs learner.zero_stage 3, but it is 2",
+        ),
+        ({"learner": {"ema": {"decay": 1.0}}}, "  - learner.ema.decay: "),
         ({"sampler": {"kernel": "ddpm", "eta": 0.5}}, "  - sampler: kernel ddpm is eta 1;"),
         (
             {"data": [{"path": "x", "pair_filter": "absolute_winners"}]},

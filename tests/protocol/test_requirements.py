@@ -186,14 +186,22 @@ def test_candidates_of_one_photograph_must_differ_and_be_told_apart(name: str) -
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_perceptual_errors_are_refused_in_bf16(name: str) -> None:
-    bf16 = {"precision": "bf16"}
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_perceptual_errors_are_refused_in_half_precision(name: str, precision: str) -> None:
+    half = {"precision": precision}
     if name.startswith("ncp_"):
-        told = refusal({**document(name, learner=bf16), "prompts": PROMPTS})
-        assert told.startswith(f"learner.precision: bf16; {name} resolves differences of 1e-3 in a latent")
+        told = refusal({**document(name, learner=half), "prompts": PROMPTS})
+        assert told.startswith(f"learner.precision: {precision}; {name} resolves differences of 1e-3 in a latent")
         assert told.endswith("use fp32.")
     else:
-        assert recipe(name, learner=bf16).learner.precision == "bf16"
+        assert recipe(name, learner=half).learner.precision == precision
+
+
+def test_an_encoder_of_the_average_needs_an_average() -> None:
+    perception = {"perception": {"encoder_weights": "ema"}}
+    told = refusal({**document("ncp_sft", algorithm=perception), "prompts": PROMPTS})
+    assert "no average is kept; set learner.ema" in told
+    assert recipe("ncp_sft", algorithm=perception, learner={"ema": {}}).learner.ema.decay == 0.999
 
 
 @pytest.mark.parametrize("name", SETTINGS)
