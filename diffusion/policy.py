@@ -82,7 +82,8 @@ class Policy:
         self.source, self.dtype, self.device = source, dtype, torch.device(device)
         if dtype == torch.float32:
             # torch rounds the factors of an fp32 convolution to 10 bits on a GPU, unless it is told not to.
-            torch.backends.cudnn.conv.fp32_precision = "ieee"
+            cudnn: Any = torch.backends.cudnn
+            cudnn.conv.fp32_precision = "ieee"
         self.trainable = trainable
         # Added to weights of half precision, most of a LoRA would be rounded away.
         loaded = dtype if lora is None else torch.float32
