@@ -36,14 +36,16 @@ ATTENTION_PASSING, ATTENTION_PASSING_ADAPTED = 22, 31
 """Widths alive in a transformer layer and around it without a graph. An adapter's part is made, scaled and added: three
 arrays of the width before the gate instead of one."""
 
-JOINT_LAYER, JOINT_LAYER_FULL, SINGLE_LAYER, SINGLE_LAYER_FULL = 19.5, 28.1, 14.2, 25.1
-"""Widths a token of FLUX's two kinds of layers, with adapters and with all weights trained."""
+FLUX_JOINT, FLUX_SINGLE, FLUX_BACKWARD = (19.5, 28.1), (14.2, 25.1), (12.9, 5.4)
+"""Widths a token of FLUX's two kinds of layers, with adapters and with all weights trained, and what the backward pass
+makes at once. Counted in bf16; fp32, where rotated queries and keys are no wider than others, keeps up to a fifth
+less."""
 
-SD3_LAYER, SD3_LAYER_FULL, SD3_NORM, SD3_NORM_FULL = 16.5, 21.1, 6.0, 8.1
-"""The same of Stable Diffusion 3's, and what it keeps more where it normalises queries and keys."""
+SD3_LAYER, SD3_NORM, SD3_BACKWARD = (16.5, 21.1), (6.0, 8.1), (7.1, 3.5)
+"""The same of Stable Diffusion 3's layers, and what they keep more where they normalise queries and keys."""
 
-TRANSFORMER_BACKWARD, TRANSFORMER_PASSING = 11.0, 16.0
-"""Widths a token that a transformer's backward pass makes at once, and what passes through without a graph."""
+AROUND_TRANSFORMER, FLUX_PASSING, SD3_PASSING = (1.5, 3.0), (16.0, 16.0), (15.2, 10.8)
+"""Widths a token that are kept before and behind a transformer's layers, and what passes without a graph."""
 
 FLUX_TEXT_TOKENS, SD3_TEXT_TOKENS = 512, 333
 """Prompts are T5's 512 tokens, or CLIP's 77 and T5's 256."""
@@ -141,39 +143,47 @@ def _residual(entering: int, leaving: int, waiting: int) -> _Unit:
 
 def transformer_activations(config: Config, *, full: bool) -> Activations:
     """Returns what diffusers' SD3Transformer2DModel or FluxTransformer2DModel holds."""
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    is_flux = "num_single_layers" in config
-    map_ = width * num_tokens(config)
-    if is_flux:
-        joint, single = (JOINT_LAYER_FULL, SINGLE_LAYER_FULL) if full else (JOINT_LAYER, SINGLE_LAYER)
-    else:
-        joint, single = SD3_LAYER_FULL if full else SD3_LAYER, 0.0
-        joint += (SD3_NORM_FULL if full else SD3_NORM) * (config.get("qk_norm") is not None)
-    num_joint, num_single = config["num_layers"], config.get("num_single_layers", 0)
-    backward = TRANSFORMER_BACKWARD / 2 if full else TRANSFORMER_BACKWARD
+    map_ = config["num_attention_heads"] * config["attention_head_dim"] * num_tokens(config)
+    kept = [layer[full] for layer in _transformer_layers(config)]
+    both = (FLUX_BACKWARD, FLUX_PASSING) if _is_flux(config) else (SD3_BACKWARD, SD3_PASSING)
+    backward, passing = (widths[full] for widths in both)
+    around = AROUND_TRANSFORMER[full]
     return Activations(
-        kept=round(map_ * (num_joint * joint + num_single * single + backward)),
-        checkpointed=round(map_ * (num_joint + num_single + joint + TRANSFORMER_BACKWARD)),
-        passing=round(map_ * TRANSFORMER_PASSING),
+        kept=round(map_ * (sum(kept) + around + backward)),
+        # Of all layers but one the input alone is there. The first to be computed again, the last, meets most of them.
+        checkpointed=round(map_ * (len(kept) + around + kept[-1] + backward)),
+        passing=round(map_ * passing),
     )
+
+
+def _transformer_layers(config: Config) -> list[tuple[float, float]]:
+    """Returns the widths a token that each layer keeps, with adapters and with all weights trained."""
+    if _is_flux(config):
+        return [FLUX_JOINT] * config["num_layers"] + [FLUX_SINGLE] * config["num_single_layers"]
+    norm = SD3_NORM if config.get("qk_norm") is not None else (0.0, 0.0)
+    return [(SD3_LAYER[0] + norm[0], SD3_LAYER[1] + norm[1])] * config["num_layers"]
+
+
+def _is_flux(config: Config) -> bool:
+    return "num_single_layers" in config
 
 
 def num_tokens(config: Config) -> int:
     """Returns a transformer's tokens of image and prompt."""
     height, width = _pair(config["sample_size"])
-    if "num_single_layers" in config:
+    if _is_flux(config):
         return height * width // 4 + FLUX_TEXT_TOKENS
     return height * width // int(config["patch_size"]) ** 2 + SD3_TEXT_TOKENS
 
 
 def num_text_tokens(config: Config) -> int:
     """Returns how many of them are the prompt's."""
-    return FLUX_TEXT_TOKENS if "num_single_layers" in config else SD3_TEXT_TOKENS
+    return FLUX_TEXT_TOKENS if _is_flux(config) else SD3_TEXT_TOKENS
 
 
 def latent_shape_CHW(config: Config) -> tuple[int, int, int]:
     """Returns (C, H, W) of a network's latents. FLUX's are packed, two by two."""
-    num_channels = config["in_channels"] // 4 if "num_single_layers" in config else config["in_channels"]
+    num_channels = config["in_channels"] // 4 if _is_flux(config) else config["in_channels"]
     return num_channels, *_pair(config["sample_size"])
 
 
