@@ -19,7 +19,7 @@ from protocol.recipe import Recipe
 from protocol.stream import Claim, Streams
 
 if TYPE_CHECKING:  # The loop itself needs no model, nor torch.
-    from actors.rollout import Rollout, Sampled
+    from actors.rollout import Fetched, Rollout, Sampled
 
 POLL_S = 0.02
 TAKE_BLOCK_S = 1.0
@@ -38,7 +38,9 @@ class RolloutWorker:
         self._most_scoring = math.ceil(replicas / recipe.rollouts)
         self._sampling: Claim | None = None
         self._renewed_at = self._reported_at = 0.0
-        self._started_at, self._busy_s, self._num_groups = time.monotonic(), 0.0, 0
+        self._started_at, self._busy_s = time.monotonic(), 0.0
+        self._num_groups = self._num_images = 0
+        self._told_of: Fetched | None = None
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Takes, samples and delivers. A Redis that is away is waited for: its tickets are issued again."""
@@ -88,6 +90,7 @@ class RolloutWorker:
             self._streams.acknowledge(claim)
             self._scoring = [held for held in self._scoring if held[0] is not claim]
             self._num_groups += 1
+            self._num_images += sampled.made.num_images
 
     def _renew(self) -> None:
         if time.monotonic() - self._renewed_at < self._claim_idle_s / 4:
@@ -98,13 +101,17 @@ class RolloutWorker:
 
     def _report(self) -> None:
         now = time.monotonic()
-        if now - self._reported_at < REPORT_EVERY_S:
+        fetched = self._rollout.fetched
+        # A version's cost is told at once: the round that it is for may be over in a moment.
+        if fetched is self._told_of and now - self._reported_at < REPORT_EVERY_S:
             return
-        self._reported_at = now
+        self._reported_at, self._told_of = now, fetched
         self._streams.report_progress(
             f"rollout/{self._name}",
             groups=self._num_groups,
+            images=self._num_images,
             busy_s=self._busy_s,
             alive_s=now - self._started_at,
             ticket=self._sampling.ticket.ticket_id if self._sampling else None,
+            **(vars(fetched) if fetched else {}),
         )

@@ -13,10 +13,11 @@ import torch
 
 from learner.collect import Collected, Counts
 from learner.engine import Engine
-from learner.journal import Journal, ledger_row, metrics_row
+from learner.journal import Journal, ledger_row, metrics_row, weight_costs
 from learner.probes import Costs
 from learner.receipts import Receipt
 from learner.update import UpdateReport
+from learner.versions import Publication
 from protocol.errors import RedisError
 from protocol.recipe import Recipe
 from protocol.shares import busy_shares
@@ -27,8 +28,9 @@ from protocol.tickets import TicketPlan
 @dataclass(frozen=True)
 class Round:
     """A round that is learnt from: `Round(number=3, version=2, step=16, skipped=0, digest="9f86d0...",
-    learner_s=2.1, wait_s=0.4, left_out=(), looked={})`. `version` sampled it, `digest` is of what came of it, `looked`
-    is what the firewall saw."""
+    learner_s=2.1, wait_s=0.4, left_out=(), looked={}, published=Publication(3, 123456, 0.01))`. `version` sampled it,
+    `digest` is of what came of it, `looked` is what the firewall saw, `published` the last version that this learner
+    gave to the rollouts, None for a follower."""
 
     number: int
     version: int
@@ -39,6 +41,7 @@ class Round:
     wait_s: float
     left_out: tuple[str, ...]
     looked: Mapping[str, Any]
+    published: Publication | None
 
 
 class Scribe:
@@ -64,6 +67,7 @@ class Scribe:
         if self._engine.rank > 0:
             return
         total = Counts(**{name: sum(part[name] for _, part in parts) for name in vars(Counts())})
+        said = self._said()
         metrics = metrics_row(
             round_=done.number,
             step=done.step,
@@ -76,7 +80,8 @@ class Scribe:
             times=self._times(receipts, done),
             costs=evaluations,
             left_out=done.left_out,
-            busy=self._busy(),
+            busy=busy_shares(said),
+            weights=weight_costs(done.published, said),
         )
         ledger = ledger_row(done.number, receipts, done.digest, total, self._engine.world_size, done.left_out)
         self._journal.write(metrics | self._loss_scale() | self._iteration(done) | dict(done.looked), ledger)
@@ -104,9 +109,9 @@ class Scribe:
             "elapsed_s": time.monotonic() - self._started_at,
         }
 
-    def _busy(self) -> dict[str, float]:
+    def _said(self) -> dict[str, dict[str, Any]]:
         with suppress(RedisError):  # A server that is away says nothing of anyone.
-            return busy_shares(self._streams.progress())
+            return self._streams.progress()
         return {}
 
     def _evaluations(self, receipts: list[Receipt], costs: Costs) -> dict[str, float]:
