@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from protocol.errors import RedisError
+from protocol.log import LOG
 from protocol.recipe import Recipe
 from protocol.stream import Claim, Streams
 
@@ -47,7 +48,9 @@ class RolloutWorker:
         while not should_stop():
             try:
                 self._turn()
-            except RedisError:
+            except RedisError as error:
+                for claim in self._held():
+                    LOG.warning(f"let go: {error}", extra={"ticket": claim.ticket.ticket_id})
                 self._sampling, self._scoring = None, []
                 time.sleep(RECONNECT_EVERY_S)
 
@@ -95,9 +98,11 @@ class RolloutWorker:
     def _renew(self) -> None:
         if time.monotonic() - self._renewed_at < self._claim_idle_s / 4:
             return
-        held = [*([self._sampling] if self._sampling else []), *(claim for claim, _ in self._scoring)]
-        self._streams.renew(self._name, held)
+        self._streams.renew(self._name, self._held())
         self._renewed_at = time.monotonic()
+
+    def _held(self) -> list[Claim]:
+        return [*([self._sampling] if self._sampling else []), *(claim for claim, _ in self._scoring)]
 
     def _report(self) -> None:
         now = time.monotonic()

@@ -28,6 +28,7 @@ from learner.checkpoint import drop_newer, latest_checkpoint, newest_common
 from learner.company import Company, role_name, role_of
 from protocol.derived import facts_of
 from protocol.errors import RedisError, SfumatoError, TrainingError
+from protocol.log import LOG
 from protocol.paths import spread
 from protocol.recipe import Recipe
 from protocol.roles import Reward
@@ -251,6 +252,8 @@ class Attempt:
                 f"rollout actor {name} was lost {self._num_lost[name]} times in a row; the last error: "
                 f"{first_line(lost)}"
             )
+        ticket = self._status.progress.get(f"rollout/{name}", {}).get("ticket")
+        LOG.warning(f"lost: {first_line(lost)}", extra={"role": f"rollout/{name}", "ticket": ticket})
         self._status.restarts += 1
         self._pulse.forgive(f"rollout/{name}")
         with suppress(RedisError):  # The new one has not delivered what the old one has.
@@ -303,6 +306,7 @@ class Attempt:
         still = self._pulse.still(answers, answer_timeout_s)
         self._services.restart(still)
         for name in still:
+            LOG.warning(f"gave no answer for {answer_timeout_s:g} s", extra={"role": name})
             self._pulse.forgive(name)
         self._status.restarts += len(still)
 

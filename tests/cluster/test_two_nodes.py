@@ -12,7 +12,7 @@ from ray._private.internal_api import node_stats
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster import launch
+from cluster.nodes import check_cluster
 from cluster.pulse import HEALTH
 from cluster.weight_store import StoreClient, WeightStore
 from protocol.errors import RecipeError
@@ -35,8 +35,8 @@ def two_nodes() -> Iterator[Cluster]:
 @pytest.mark.usefixtures("two_nodes")
 def test_an_embedded_redis_is_refused_where_other_nodes_could_not_reach_it() -> None:
     with pytest.raises(RecipeError, match=r"2 nodes.*redis\.url=rediss://"):
-        launch.check_cluster(load_recipe("recipes/tiny_prdp.yaml"))
-    launch.check_cluster(load_recipe("recipes/tiny_prdp.yaml", ["redis.url=rediss://:x@head:6390"]))
+        check_cluster(load_recipe("recipes/tiny_prdp.yaml"))
+    check_cluster(load_recipe("recipes/tiny_prdp.yaml", ["redis.url=rediss://:x@head:6390"]))
 
 
 class Fetcher:
