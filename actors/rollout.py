@@ -71,6 +71,16 @@ class Sampled:
     scores: PendingScores
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """What it took to get a version's bytes: `Fetched(version=3, size_bytes=123456, fetch_s=0.01)`. A wait for a
+    version that the store has lost is part of it."""
+
+    version: int
+    size_bytes: int
+    fetch_s: float
+
+
 class Rollout:
     """Answers tickets with exactly the weights that they name."""
 
@@ -80,6 +90,7 @@ class Rollout:
         self._worker = f"{worker}@{socket.gethostname()}"
         self._fingerprint = fingerprint(chain.policy.device, chain.policy.base_digest)
         self._digest = ""
+        self.fetched: Fetched | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -127,6 +138,12 @@ class Rollout:
             return ticket.weights_digest
         if self._digest != ticket.weights_digest:
             policy = self._chain.policy
-            policy.load_trainable_state(unpack(self._fetch_version(ticket)))
+            policy.load_trainable_state(unpack(self._fetch(ticket)))
             self._digest = weights_digest(policy.trainable_state())
         return self._digest
+
+    def _fetch(self, ticket: Ticket) -> bytes:
+        started = time.monotonic()
+        data = self._fetch_version(ticket)
+        self.fetched = Fetched(ticket.version, len(data), time.monotonic() - started)
+        return data

@@ -15,11 +15,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from protocol.errors import RedisError
+from protocol.log import LOG
 from protocol.recipe import Recipe
 from protocol.stream import Claim, Streams
 
 if TYPE_CHECKING:  # The loop itself needs no model, nor torch.
-    from actors.rollout import Rollout, Sampled
+    from actors.rollout import Fetched, Rollout, Sampled
 
 POLL_S = 0.02
 TAKE_BLOCK_S = 1.0
@@ -38,14 +39,18 @@ class RolloutWorker:
         self._most_scoring = math.ceil(replicas / recipe.rollouts)
         self._sampling: Claim | None = None
         self._renewed_at = self._reported_at = 0.0
-        self._started_at, self._busy_s, self._num_groups = time.monotonic(), 0.0, 0
+        self._started_at, self._busy_s = time.monotonic(), 0.0
+        self._num_groups = self._num_images = 0
+        self._told_of: Fetched | None = None
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Takes, samples and delivers. A Redis that is away is waited for: its tickets are issued again."""
         while not should_stop():
             try:
                 self._turn()
-            except RedisError:
+            except RedisError as error:
+                for claim in self._held():
+                    LOG.warning(f"let go: {error}", extra={"ticket": claim.ticket.ticket_id})
                 self._sampling, self._scoring = None, []
                 time.sleep(RECONNECT_EVERY_S)
 
@@ -88,24 +93,31 @@ class RolloutWorker:
             self._streams.acknowledge(claim)
             self._scoring = [held for held in self._scoring if held[0] is not claim]
             self._num_groups += 1
+            self._num_images += sampled.made.num_images
 
     def _renew(self) -> None:
         if time.monotonic() - self._renewed_at < self._claim_idle_s / 4:
             return
-        held = [*([self._sampling] if self._sampling else []), *(claim for claim, _ in self._scoring)]
-        self._streams.renew(self._name, held)
+        self._streams.renew(self._name, self._held())
         self._renewed_at = time.monotonic()
+
+    def _held(self) -> list[Claim]:
+        return [*([self._sampling] if self._sampling else []), *(claim for claim, _ in self._scoring)]
 
     def _report(self) -> None:
         now = time.monotonic()
-        if now - self._reported_at < REPORT_EVERY_S:
+        fetched = self._rollout.fetched
+        # A version's cost is told at once: the round that it is for may be over in a moment.
+        if fetched is self._told_of and now - self._reported_at < REPORT_EVERY_S:
             return
-        self._reported_at = now
+        self._reported_at, self._told_of = now, fetched
         self._streams.report_progress(
             f"rollout/{self._name}",
             groups=self._num_groups,
+            images=self._num_images,
             busy_s=self._busy_s,
             alive_s=now - self._started_at,
             ticket=self._sampling.ticket.ticket_id if self._sampling else None,
             peak_bytes=self._rollout.peak_bytes,
+            **(vars(fetched) if fetched else {}),
         )

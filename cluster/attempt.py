@@ -18,19 +18,21 @@ from cluster import launch
 from cluster.crew import Crew
 from cluster.grids import save_grid, side_by_side
 from cluster.launch import Endpoint
+from cluster.metrics import Metrics
 from cluster.pulse import Pulse, Services
 from cluster.redis_server import RedisKeeper
 from cluster.run_dir import RunDir, follower_dir
 from cluster.scoring import explain
 from cluster.sources import held_out_prompts
 from learner.checkpoint import drop_newer, latest_checkpoint, newest_common
-from learner.company import Company, role_of
+from learner.company import Company, role_name, role_of
 from protocol.derived import facts_of
 from protocol.errors import RedisError, SfumatoError, TrainingError
+from protocol.log import LOG
 from protocol.paths import spread
 from protocol.recipe import Recipe
 from protocol.roles import Reward
-from protocol.stream import Streams
+from protocol.stream import QueueDepth, Streams
 from protocol.tickets import TicketPlan
 
 POLL_S = 0.5
@@ -89,6 +91,7 @@ class Attempt:
         self._actors: list[Any] = []
         self._groups: list[Any] = []
         self._pulse = Pulse()
+        self._metrics = Metrics(run_dir.run_id, {role_name(gang.name): gang.run_dir for gang in self._gangs()})
 
     def run(self, redis: RedisKeeper) -> None:
         """Starts everything, watches until the learner is done, and stops everything."""
@@ -249,6 +252,8 @@ class Attempt:
                 f"rollout actor {name} was lost {self._num_lost[name]} times in a row; the last error: "
                 f"{first_line(lost)}"
             )
+        ticket = self._status.progress.get(f"rollout/{name}", {}).get("ticket")
+        LOG.warning(f"lost: {first_line(lost)}", extra={"role": f"rollout/{name}", "ticket": ticket})
         self._status.restarts += 1
         self._pulse.forgive(f"rollout/{name}")
         with suppress(RedisError):  # The new one has not delivered what the old one has.
@@ -280,6 +285,7 @@ class Attempt:
         self._status.progress = {**shown, **services}
         self._status.queue = f"{depth.waiting} waiting, {depth.claimed} claimed"
         self._show(self._status)
+        self._tell_metrics(depth)
         at_work = [role for role in self._ranks if said.get(role, {}).get("state") != "done"]
         for role in self._pulse.still(at_work, bounds.stall_timeout_s):
             raise LearnerLostError(f"{role} made no progress for {self._pulse.silent_s(role):.0f} s")
@@ -288,12 +294,19 @@ class Attempt:
             self._crew.kill(rollouts[role])
         self._look_after_services(bounds.answer_timeout_s)
 
+    def _tell_metrics(self, depth: QueueDepth) -> None:
+        if self._metrics.is_due():
+            with suppress(RedisError):  # Told the next time.
+                num_groups = self._streams.num_groups()
+                self._metrics.tell(self._status.progress, depth, num_groups, self._status.restarts)
+
     def _look_after_services(self, answer_timeout_s: float) -> None:
         answers = self._services.answers()
         self._pulse.hear(answers)
         still = self._pulse.still(answers, answer_timeout_s)
         self._services.restart(still)
         for name in still:
+            LOG.warning(f"gave no answer for {answer_timeout_s:g} s", extra={"role": name})
             self._pulse.forgive(name)
         self._status.restarts += len(still)
 

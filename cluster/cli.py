@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cluster.signals import TERMINATED, interrupt_on_sigterm
 from protocol import __version__
 from protocol.errors import RecipeError, SfumatoError
+from protocol.log import LOG, is_json, set_up
 
 if TYPE_CHECKING:
     from protocol.recipe import Recipe
@@ -212,7 +213,8 @@ def _train(options: argparse.Namespace) -> None:
     check_before_start(recipe)
     for reward in (*recipe.scored_rewards, *recipe.evaluation.rewards):
         check_exists(reward.name)
-    _print_numbers(derived_numbers(recipe) | memory_numbers(recipe))
+    if options.dry_run or not is_json():
+        _print_numbers(derived_numbers(recipe) | memory_numbers(recipe))
     if options.dry_run:
         return
     if options.resume and options.run_dir is None:
@@ -243,9 +245,10 @@ def _start(recipe: Recipe, options: argparse.Namespace) -> None:
     check_here(recipe, lambda words: print(f"note: {words}", flush=True))
     run_dir = RunDir(options.run_dir or default_run_dir(options.recipe), recipe, resume=options.resume)
     try:
-        print(f"run directory: {run_dir.path}", flush=True)
+        set_up(run_dir.run_id, "driver")
+        LOG.info(f"run directory: {run_dir.path}")
         if run_dir.notice:
-            print(f"note: {run_dir.notice}", flush=True)
+            LOG.info(f"note: {run_dir.notice}")
         interrupt_on_sigterm()
         with display(recipe, run_dir.path) as show:
             Driver(recipe, run_dir, show, debug=options.debug).run()
@@ -254,8 +257,9 @@ def _start(recipe: Recipe, options: argparse.Namespace) -> None:
         raise
     finally:
         run_dir.release()
-    _print_numbers(peak_numbers(recipe, run_dir.path))
-    print(f"done: {run_dir.path}")
+    if not is_json():
+        _print_numbers(peak_numbers(recipe, run_dir.path))
+    LOG.info(f"done: {run_dir.path}")
 
 
 def _scale(options: argparse.Namespace) -> None:

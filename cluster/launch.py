@@ -23,6 +23,7 @@ from cluster.pulse import HEALTH
 from cluster.scoring import Answer, MakingWayError, OutOfTimeError, RewardPool, Scorer
 from cluster.weight_store import StoreClient, WeightStore
 from learner.company import Company
+from protocol import log
 from protocol.errors import RedisError, RewardError
 from protocol.recipe import Recipe
 from protocol.roles import Learner, Placement, Reward
@@ -82,6 +83,7 @@ class RolloutProcess:
         from diffusion.chain import Chain
         from diffusion.policy import Policy
 
+        log.set_up(self._endpoint.run_id, f"rollout/{self._name}")
         torch.set_num_threads(self._recipe.rollout_worker.threads)
         self._policy = Policy.from_recipe(self._recipe, device_of(self._recipe.rollout_worker))
         self._chain = Chain(self._policy, self._recipe.sampler)
@@ -310,5 +312,5 @@ def _options(placement: Placement, **env_vars: str) -> dict[str, Any]:
         "num_cpus": placement.num_cpus,
         "num_gpus": placement.num_gpus,
         "resources": placement.resources,
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(placement.threads), **env_vars}},
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(placement.threads), **log.environment(), **env_vars}},
     }

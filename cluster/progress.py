@@ -14,6 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from cluster.attempt import Show, Status
+from learner.company import FIRST
+from protocol.log import LOG, is_json
 from protocol.recipe import Recipe
 from protocol.shares import bottleneck, busy_shares
 
@@ -26,10 +28,10 @@ SHARES = {"clip_fraction": "clip", "pairs/accuracy": "pairs won"}
 
 @contextmanager
 def display(recipe: Recipe, run_dir: Path) -> Iterator[Show]:
-    """Yields what the driver calls with its status: a live table on a terminal, plain lines elsewhere."""
+    """Yields what the driver calls with its status: a live table on a terminal, log lines elsewhere."""
     console = Console()
     history = History(run_dir / "metrics.jsonl")
-    if not console.is_terminal:
+    if is_json() or not console.is_terminal:
         yield PlainLines(recipe, history).show
         return
     with Live(console=console, refresh_per_second=4) as live:
@@ -51,7 +53,7 @@ class History:
 
 
 class PlainLines:
-    """A line when the phase changes and a line a round, for logs."""
+    """A line when the phase changes and a line a round, for logs: the first learner's, whatever ranks it has."""
 
     def __init__(self, recipe: Recipe, history: History) -> None:
         self._recipe, self._history = recipe, history
@@ -61,12 +63,13 @@ class PlainLines:
         """Prints what is new."""
         if status.phase != self._phase:
             self._phase = status.phase
-            print(status.phase, flush=True)
+            LOG.info(status.phase)
         rows = self._history.read()
         # A restarted learner goes back to its checkpoint; its rounds are told again.
         self._num_shown = min(self._num_shown, len(rows))
         for position in range(self._num_shown, len(rows)):
-            print(round_line(self._recipe, rows[: position + 1], status), flush=True)
+            line = round_line(self._recipe, rows[: position + 1], status)
+            LOG.info(line, extra={"role": FIRST, "round": rows[position]["round"]})
         self._num_shown = len(rows)
 
 

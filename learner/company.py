@@ -23,7 +23,12 @@ Said = Mapping[str, Mapping[str, Any]]
 
 def role_of(follower: str | None, rank: int) -> str:
     """Returns the role that a rank reports under: `learner/0`, or `learner-dpo/0`."""
-    return f"{FIRST}-{follower}/{rank}" if follower else f"{FIRST}/{rank}"
+    return f"{role_name(follower)}/{rank}"
+
+
+def role_name(follower: str | None) -> str:
+    """Returns what a learner's ranks have in common: `learner`, or `learner-dpo`."""
+    return f"{FIRST}-{follower}" if follower else FIRST
 
 
 @dataclass(frozen=True)

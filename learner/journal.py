@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from learner.collect import Counts
 from learner.receipts import Receipt
 from learner.update import UpdateReport
+from learner.versions import Publication
 
 
 class Journal:
@@ -81,6 +82,7 @@ def metrics_row(
     left_out: Sequence[str] = (),
     busy: dict[str, float] | None = None,
     peaks: dict[str, int] | None = None,
+    weights: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Returns a round's line for people and plots. What an optimizer step reports is given as the mean over the
     round's steps, which `updates` lists one by one."""
@@ -106,8 +108,19 @@ def metrics_row(
         **{f"time/{name}": value for name, value in times.items()},
         **{f"busy/{name}": share for name, share in (busy or {}).items()},
         **{f"memory/{role}_peak_bytes": value for role, value in (peaks or {}).items()},
+        **{f"weights/{name}": value for name, value in (weights or {}).items()},
         **{f"cost/{name}": value for name, value in costs.items()},
     }
+
+
+def weight_costs(published: Publication | None, said: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Returns what the last published version has cost so far: its bytes, the seconds to give it to the store, and of
+    the rollouts that say to have fetched it how many they are and what the slowest took. A follower's has cost none."""
+    if published is None:
+        return {}
+    fetches_s = [words["fetch_s"] for words in said.values() if words.get("version") == published.version]
+    slowest = {"fetch_s": max(fetches_s)} if fetches_s else {}
+    return {**vars(published), "num_fetches": len(fetches_s), **slowest}
 
 
 def _reward_metrics(receipts: Sequence[Receipt]) -> dict[str, float]:

@@ -14,10 +14,11 @@ import torch
 from diffusion.peak_memory import peak_bytes
 from learner.collect import Collected, Counts
 from learner.engine import Engine
-from learner.journal import Journal, ledger_row, metrics_row
+from learner.journal import Journal, ledger_row, metrics_row, weight_costs
 from learner.probes import Costs
 from learner.receipts import Receipt
 from learner.update import UpdateReport
+from learner.versions import Publication
 from protocol.errors import RedisError
 from protocol.recipe import Recipe
 from protocol.shares import busy_shares, rollout_peaks
@@ -28,8 +29,9 @@ from protocol.tickets import TicketPlan
 @dataclass(frozen=True)
 class Round:
     """A round that is learnt from: `Round(number=3, version=2, step=16, skipped=0, digest="9f86d0...",
-    learner_s=2.1, wait_s=0.4, left_out=(), looked={})`. `version` sampled it, `digest` is of what came of it, `looked`
-    is what the firewall saw."""
+    learner_s=2.1, wait_s=0.4, left_out=(), looked={}, published=Publication(3, 123456, 0.01))`. `version` sampled it,
+    `digest` is of what came of it, `looked` is what the firewall saw, `published` the last version that this learner
+    gave to the rollouts, None for a follower."""
 
     number: int
     version: int
@@ -40,6 +42,7 @@ class Round:
     wait_s: float
     left_out: tuple[str, ...]
     looked: Mapping[str, Any]
+    published: Publication | None
 
 
 class Scribe:
@@ -80,6 +83,7 @@ class Scribe:
             left_out=done.left_out,
             busy=busy_shares(said),
             peaks=rollout_peaks(said) | {"learner": max(peak for *_, peak in parts)},
+            weights=weight_costs(done.published, said),
         )
         ledger = ledger_row(done.number, receipts, done.digest, total, self._engine.world_size, done.left_out)
         self._journal.write(metrics | self._loss_scale() | self._iteration(done) | dict(done.looked), ledger)

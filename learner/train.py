@@ -317,6 +317,7 @@ class LearnerRank:
             self._wait_s,
             self._composition.left_out,
             looked.metrics,
+            self._versions.published,
         )
         counts, self._collector.counts = self._collector.counts, Counts()
         self._scribe.write(done, collected, report, counts, self._updater.costs)

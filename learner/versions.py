@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -22,6 +24,15 @@ class VersionStore(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Publication:
+    """What it took to give the store a version: `Publication(version=3, size_bytes=123456, publish_s=0.01)`."""
+
+    version: int
+    size_bytes: int
+    publish_s: float
+
+
 class Versions:
     """Copies of published weights, on the CPU of every rank.
 
@@ -32,6 +43,7 @@ class Versions:
         self._plan = plan
         self.states: dict[int, dict[str, Tensor]] = {}
         self.digests: dict[int, str] = {}
+        self.published: Publication | None = None
         self._pinned: int | None = None
 
     def keep(self, version: int, state: State) -> None:
@@ -53,7 +65,10 @@ class Versions:
     def publish(self, version: int, store: VersionStore) -> None:
         """Gives a version's bytes to the store, if any round to come is sampled with it."""
         if self._plan.is_sampled_with(version):
-            store.publish(version, self.digests[version], pack(self.states[version]))
+            data = pack(self.states[version])
+            started = time.monotonic()
+            store.publish(version, self.digests[version], data)
+            self.published = Publication(version, len(data), time.monotonic() - started)
 
     def publish_lost(self, store: VersionStore) -> None:
         """Publishes again what a restarted store no longer has."""

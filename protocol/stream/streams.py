@@ -246,6 +246,14 @@ class Streams:
         pipeline.execute()
 
     @explain_errors
+    def num_groups(self) -> int:
+        """Returns how many groups are delivered, of rounds that no learner has closed yet."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for shard in range(self.num_shards):
+            pipeline.xlen(self.key(f"groups:{shard}"))
+        return sum(pipeline.execute())
+
+    @explain_errors
     def read_after(self, cursors: Mapping[int, str], *, block_s: float) -> list[tuple[int, str, Fields]]:
         """Returns (shard, entry id, fields) of the next entries after each shard's cursor."""
         shards = {self.key(f"groups:{shard}").encode(): shard for shard in cursors}

@@ -260,6 +260,36 @@ def test_a_worker_says_how_busy_it_is(
     assert 0 <= said["busy_s"] <= said["alive_s"]
 
 
+def test_a_version_is_fetched_once_and_its_cost_is_no_part_of_the_groups(
+    rollout: Rollout, versions: Versions, tickets: list[Ticket]
+) -> None:
+    assert rollout.fetched is None
+    first = answer(rollout, tickets[0])
+    fetched = rollout.fetched
+    answer(rollout, tickets[2])  # Of the same version.
+    assert rollout.fetched is fetched is not None
+    assert (fetched.version, fetched.size_bytes) == (tickets[0].version, len(versions[tickets[0].weights_digest]))
+    answer(rollout, tickets[1])
+    assert rollout.fetched is not fetched
+    assert answer(rollout, tickets[0]).content_checksum() == first.content_checksum()
+
+
+def test_a_worker_tells_at_once_what_it_fetched_and_how_many_images_it_has_made(
+    rollout: Rollout, versions: Versions, streams: Streams, recipe: Recipe, tickets: list[Ticket]
+) -> None:
+    streams.issue(tickets[:1])
+    told: list[dict[str, Any]] = []
+
+    def until_told() -> bool:
+        told.append(streams.progress().get("rollout/7", {}))
+        return "fetch_s" in told[-1] and told[-1]["images"] > 0
+
+    RolloutWorker("7", rollout, streams, recipe).run(until_told)
+    assert told[-1]["images"] == recipe.batch.group_size
+    assert told[-1]["size_bytes"] == len(versions[tickets[0].weights_digest])
+    assert [words["version"] for words in told if words.get("images") == 0 and "version" in words]
+
+
 def test_a_reward_actor_scores_a_group_as_one_batch() -> None:
     batches = []
 

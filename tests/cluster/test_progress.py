@@ -19,12 +19,14 @@ from cluster.progress import (
     History,
     PlainLines,
     busy,
+    display,
     duration,
     eta_s,
     panel,
     round_line,
     trend,
 )
+from protocol import log
 from protocol.recipe import Recipe
 
 RECIPE = Recipe.model_validate(
@@ -83,6 +85,12 @@ def test_a_share_is_averaged_over_a_roles_processes() -> None:
     assert busy(Status(progress=BUSY)) == "learner 50 %  rollout 0 %"
 
 
+@pytest.fixture(autouse=True)
+def lines() -> None:
+    """Lines as a driver writes them."""
+    log.set_up("1f0c", "driver")
+
+
 def write(path: Path, *rounds: int, torn: str = "") -> None:
     path.write_text("".join(json.dumps(row(round_)) + "\n" for round_ in rounds) + torn)
 
@@ -114,6 +122,21 @@ def test_a_resumed_run_tells_only_what_is_new(tmp_path: Path, capsys: pytest.Cap
         lines.show(Status(phase=""))
     told = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
     assert told == ["round 3/10", "round 4/10"]
+
+
+def test_lines_for_machines_say_whose_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(log.VARIABLE, "json")
+    log.set_up("1f0c", "driver")
+    with display(RECIPE, tmp_path) as show:
+        show(Status(phase="training"))
+        write(tmp_path / "metrics.jsonl", 0)
+        show(Status(phase="training", progress=BUSY))
+    phase, round_ = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (phase["run"], phase["role"], phase["message"]) == ("1f0c", "driver", "training")
+    assert (round_["run"], round_["role"], round_["round"]) == ("1f0c", "learner", 0)
+    assert round_["message"].startswith("round 1/10")
 
 
 def told_of(*rows: dict[str, Any]) -> tuple[str, str]:

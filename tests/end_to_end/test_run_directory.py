@@ -15,7 +15,7 @@ from PIL import Image
 from cluster.grids import CAPTION_PX, CELL_PX, GAP_PX
 from cluster.run_dir import read_recipe
 from diffusion.policy import Policy
-from diffusion.weights import unpack, weights_digest
+from diffusion.weights import pack, unpack, weights_digest
 from learner.checkpoint import checkpoints_in, latest_checkpoint
 from protocol.recipe_file import dump_recipe, load_recipe
 from tests.end_to_end.conftest import RECIPE
@@ -25,6 +25,7 @@ METRICS = {
     *("round", "step", "version", "reward/mean", "reward/jpeg_compressibility", "loss", "kl", "grad_norm"),
     *("learning_rate", "clip_fraction", "parity/max_abs", "time/rollout_s", "time/learner_s", "time/wait_s"),
     *("groups/duplicate", "groups/reissued", "groups/dead_letter"),
+    *("weights/version", "weights/size_bytes", "weights/publish_s", "weights/fetch_s", "weights/num_fetches"),
 }
 LATE = ("rounds=6", "lag=1", "learner.world_size=2")
 FULL = "model.trainable={form: full}"
@@ -58,6 +59,16 @@ def test_metrics_have_every_named_key_a_line_a_round(run: Run) -> None:
 def test_the_trained_reward_is_the_weighted_sum_of_its_parts(run: Run) -> None:
     for row in run.metrics:
         assert row["reward/mean"] == pytest.approx(100 * row["reward/jpeg_compressibility"], rel=1e-6)
+
+
+def test_each_rollout_fetches_each_version_once_and_of_a_lora_the_adapters_alone(run: Run, full_run: Run) -> None:
+    for each in (run, full_run):
+        for row in each.metrics:
+            assert (row["weights/version"], row["weights/num_fetches"]) == (row["round"], 1)
+            assert row["weights/size_bytes"] == len(pack(each.weights()))
+    assert all("lora" in name for name in run.weights())
+    assert not any("lora" in name for name in full_run.weights())
+    assert 10 * run.metrics[0]["weights/size_bytes"] < full_run.metrics[0]["weights/size_bytes"]
 
 
 @pytest.mark.slow

@@ -13,9 +13,10 @@ import pytest
 
 from learner.collect import Counts
 from learner.descent import Step
-from learner.journal import Journal, ledger_row, metrics_row
+from learner.journal import Journal, ledger_row, metrics_row, weight_costs
 from learner.receipts import Receipt, receipt_of
 from learner.update import UpdateReport
+from learner.versions import Publication
 from protocol.groups import Group
 
 FILES = ("metrics.jsonl", "ledger.jsonl")
@@ -145,6 +146,22 @@ def test_what_is_averaged_is_also_listed_step_by_step() -> None:
         "pairs/accuracy": [1.0, 0.5],
     }
     assert all(row[name] == pytest.approx(sum(values) / 2) for name, values in row["updates"].items())
+
+
+def test_a_version_costs_what_publishing_it_and_the_slowest_of_its_fetches_took() -> None:
+    published = Publication(3, 1000, 0.5)
+    said = {
+        "rollout/0": {"version": 3, "fetch_s": 0.25},
+        "rollout/1": {"version": 3, "fetch_s": 0.75},
+        "rollout/2": {"version": 2, "fetch_s": 9.0},
+        "rollout/3": {"groups": 0},
+        "learner/0": {"round": 3},
+    }
+    costs = {"version": 3, "size_bytes": 1000, "publish_s": 0.5, "num_fetches": 2, "fetch_s": 0.75}
+    assert weight_costs(published, said) == costs
+    assert weight_costs(published, {}) == {"version": 3, "size_bytes": 1000, "publish_s": 0.5, "num_fetches": 0}
+    assert weight_costs(None, said) == {}
+    assert metrics(weights=costs).items() >= {f"weights/{name}": value for name, value in costs.items()}.items()
 
 
 def unscored(index: int) -> Receipt:

@@ -72,6 +72,17 @@ def test_a_store_gets_exactly_what_it_lost() -> None:
     assert weights_digest(unpack(shelf.data[2][1])) == versions.digests[2]
 
 
+def test_a_publication_is_of_the_bytes_that_the_store_was_given() -> None:
+    versions, shelf = make_versions(), Shelf()
+    assert versions.published is None
+    for version in range(2):
+        versions.keep(version, state(version))
+        versions.publish(version, shelf)
+        assert versions.published is not None
+        assert (versions.published.version, versions.published.size_bytes) == (version, len(shelf.data[version][1]))
+        assert versions.published.publish_s >= 0
+
+
 # Self-play: rounds of an iteration ask for the weights at its start.
 
 STARTS = (0, 2, 5)
@@ -100,6 +111,8 @@ def test_only_versions_that_are_sampled_with_are_published() -> None:
         versions.publish(version, shelf)
     assert set(shelf.data) == {*STARTS}
     assert all(digest == weights_digest(unpack(data)) for digest, data in shelf.data.values())
+    assert versions.published is not None
+    assert versions.published.version == STARTS[-1]
 
 
 def test_a_store_that_lost_everything_gets_the_opponent_alone() -> None:

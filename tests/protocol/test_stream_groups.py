@@ -120,7 +120,9 @@ def test_trimming_frees_what_was_read_and_keeps_what_was_not(
     full_bytes = streams._redis.memory_usage(streams.key("groups:0"))
     assert len(read_ids(reader)) == 8
     streams.append(make_group(0, round_=1))
+    assert streams.num_groups() == 9
     reader.trim()
+    assert streams.num_groups() == 1
     assert [streams._redis.xlen(streams.key(f"groups:{shard}")) for shard in (0, 1)] == [1, 0]
     assert streams._redis.memory_usage(streams.key("groups:0")) < full_bytes / 2
     assert read_ids(reader) == ["000001-0000"]
