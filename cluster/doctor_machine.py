@@ -164,7 +164,7 @@ def check_cores(recipe: Recipe | None, cores: int) -> Finding:
     if recipe is None:
         return Finding("cores", "ok", found)
     threads = {
-        "rollouts": recipe.rollouts * recipe.rollout_worker.threads,
+        "rollouts": recipe.rollouts.min * recipe.rollout_worker.threads,
         "the learner": recipe.learner.world_size * recipe.learner.threads,
     }
     found += "; " + ", ".join(f"{name}: {number} threads" for name, number in threads.items())
@@ -191,7 +191,7 @@ def check_memory(recipe: Recipe | None, free_bytes: int) -> Finding:
 def _least_memory(recipe: Recipe) -> int:
     weights = folder_bytes(model_source(recipe.model.path))
     on_cpu = [(learner, learner.world_size) for learner in recipe.learners if learner.num_gpus == 0]
-    rollouts = [(recipe.rollout_worker, recipe.rollouts)] if recipe.rollout_worker.num_gpus == 0 else []
+    rollouts = [(recipe.rollout_worker, recipe.rollouts.min)] if recipe.rollout_worker.num_gpus == 0 else []
     return sum(count * (weights + PROCESS_BYTES) for _, count in [*on_cpu, *rollouts])
 
 
@@ -245,7 +245,7 @@ def wanted_gpus(recipe: Recipe | None) -> float:
         return 0.0
     learners = sum(learner.num_gpus * learner.world_size for learner in recipe.learners)
     rewards = sum(reward.num_gpus * reward.replicas for reward in recipe.scored_rewards)
-    return learners + rewards + recipe.rollout_worker.num_gpus * recipe.rollouts
+    return learners + rewards + recipe.rollout_worker.num_gpus * recipe.rollouts.min
 
 
 def num_cores() -> int:

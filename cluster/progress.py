@@ -55,13 +55,16 @@ class PlainLines:
 
     def __init__(self, recipe: Recipe, history: History) -> None:
         self._recipe, self._history = recipe, history
-        self._phase, self._num_shown = "", len(history.read())
+        self._phase, self._scaling, self._num_shown = "", "", len(history.read())
 
     def show(self, status: Status) -> None:
         """Prints what is new."""
         if status.phase != self._phase:
             self._phase = status.phase
             print(status.phase, flush=True)
+        if status.scaling != self._scaling:
+            self._scaling = status.scaling
+            print(status.scaling, flush=True)
         rows = self._history.read()
         # A restarted learner goes back to its checkpoint; its rounds are told again.
         self._num_shown = min(self._num_shown, len(rows))
@@ -110,6 +113,8 @@ def panel(recipe: Recipe, rows: list[dict[str, Any]], status: Status) -> Group:
         table.add_row("ETA", duration(eta_s(recipe, rows)))
     table.add_row("busy", busy(status))
     table.add_row("tickets", status.queue)
+    if status.scaling:
+        table.add_row("scaling", status.scaling)
     return Group(table, ProgressBar(total=recipe.rounds, completed=len(rows), width=60))
 
 
