@@ -27,8 +27,8 @@ PATIENCE = 2
 COOL_DOWN = 1
 """Observations that are not counted after a change."""
 
-MEMORY = 100
-"""Observations that are remembered."""
+MEMORY = 30
+"""Observations that are remembered: what a run is like changes."""
 
 WAITS, HARDLY_WAITS = 0.25, 0.1
 """Shares of the learner's time."""
@@ -73,8 +73,8 @@ def decide(observations: Sequence[Observation], size: int, bounds: Rollouts) -> 
     if all(proposal.num > size for proposal in proposals):
         return calmest
     too_few = max((seen.size for seen in observations if seen.learner_waits >= WAITS), default=0)
-    if all(proposal.num < size for proposal in proposals) and too_few + 1 < size:
-        return Decision(max(calmest.num, too_few + 1), calmest.reason)
+    if all(proposal.num < size for proposal in proposals) and calmest.num > too_few:
+        return calmest
     return Decision(size, "as it is")
 
 

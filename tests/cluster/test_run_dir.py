@@ -9,12 +9,13 @@ import pytest
 
 from cluster.run_dir import RunDir, read_recipe
 from cluster.sources import prepare_sources, read_plan
-from cluster.wanted import scale
+from cluster.wanted import Wanted, read_wanted, scale
 from protocol.datasets import Item, Manifest
 from protocol.errors import RecipeError, RunDirError
 from protocol.paths import manifest_path
 from protocol.recipe import Recipe
 from protocol.recipe_file import load_recipe, parse_recipe
+from protocol.roles import Rollouts
 from protocol.tickets import Source
 
 
