@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -105,29 +106,26 @@ def test_a_run_that_scales_by_itself_and_by_hand_ends_where_one_of_a_fixed_size_
 ) -> None:
     run = Run(workshop / "elastic")
 
-    def sizes(what: str = "rollouts") -> list[int]:
-        return [row["to"] for row in rows(run.folder / "scaling.jsonl") if row["what"] == what]
+    def scaled(what: str = "rollouts") -> list[dict[str, Any]]:
+        return [row for row in rows(run.folder / "scaling.jsonl") if row["what"] == what]
 
-    def workers() -> set[str]:
-        return {worker for row in run.ledger for worker in row["workers"]}
+    def ask(rollouts: str, replicas: int) -> None:
+        sizes = ["--rollouts", rollouts, "--reward", f"jpeg_compressibility={replicas}"]
+        assert sfumato("scale", run.folder, *sizes, cwd=workshop).returncode == 0
 
-    settings = ["recipe.yaml", *UNBROKEN[1], "rounds=400", "rollouts={min: 1, max: 3}"]
+    settings = ["recipe.yaml", *UNBROKEN[1], "rounds=400", "rollouts={min: 1, max: 2}"]
     with Driver(run.folder, settings, cwd=workshop) as driver:
-        # The rollouts of tiny models are what is slow.
-        driver.wait_for(lambda: bool(sizes()) and len(workers()) >= 2)
-        grown = sizes()
-        reward = ["--reward", "jpeg_compressibility=3"]
-        assert sfumato("scale", run.folder, "--rollouts", "4", *reward, cwd=workshop).returncode == 0
-        driver.wait_for(lambda: len(workers()) >= 4)
-        reward = ["--reward", "jpeg_compressibility=1"]
-        assert sfumato("scale", run.folder, "--rollouts", "1:2", *reward, cwd=workshop).returncode == 0
-        driver.wait_for(lambda: 2 in sizes()[len(grown) :])
-        enough = driver.rounds_done() + 2
+        driver.wait_for(lambda: driver.rounds_done() >= 1)
+        ask("4", 3)
+        driver.wait_for(lambda: len({worker for row in run.ledger for worker in row["workers"]}) >= 3)
+        # One could feed this learner.
+        ask("1:4", 1)
+        driver.wait_for(lambda: scaled()[-1]["to"] < 4)
+        enough = max(driver.rounds_done() + 2, 6)
         driver.wait_for(lambda: driver.rounds_done() >= enough)
         driver.kill()
-    assert grown[0] == 2
-    assert sizes("reward jpeg_compressibility") == [3, 1]
-    assert all(row["reason"] for row in rows(run.folder / "scaling.jsonl"))
+    assert scaled()[-1]["reason"].startswith("rollouts idle")
+    assert [row["to"] for row in scaled("reward jpeg_compressibility")] == [3, 1]
     assert run.digests.items() >= train(*UNBROKEN[1]).digests.items()
 
 
