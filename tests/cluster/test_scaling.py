@@ -79,7 +79,7 @@ class SlowReward:
         pass
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def ray_with_two_places() -> Iterator[None]:
     os.environ.pop("RAY_ADDRESS", None)
     ray.init(
@@ -96,7 +96,7 @@ def ray_with_two_places() -> Iterator[None]:
 
 
 @pytest.fixture
-def crew() -> Iterator[Crew]:
+def crew(ray_with_two_places: None) -> Iterator[Crew]:
     remote = ray.remote(StandIn).options(num_cpus=0, resources={"place": 1}, max_concurrency=2)
     crew = Crew(lambda _: remote.remote())
     yield crew
@@ -109,7 +109,7 @@ def start_reward(_: Reward, *, is_broken: bool = False) -> Any:
 
 
 @pytest.fixture
-def pools(tmp_path: Path) -> Iterator[tuple[Pools, Services, Scorer]]:
+def pools(ray_with_two_places: None, tmp_path: Path) -> Iterator[tuple[Pools, Services, Scorer]]:
     """A pool of one, and a scorer that is told of its changes."""
     first, services = RewardPool(REWARD, (start_reward(REWARD),)), Services({})
     scorer = Scorer([first], tmp_path)
@@ -200,7 +200,9 @@ def test_what_a_dismissed_reward_actor_no_longer_answers_another_does_and_it_is_
     assert len({scores.result()["mine"][0] for scores in pending}) <= 2
 
 
-def test_a_reward_actor_that_cannot_score_never_joins_and_is_not_tried_again_and_again() -> None:
+def test_a_reward_actor_that_cannot_score_never_joins_and_is_not_tried_again_and_again(
+    ray_with_two_places: None,
+) -> None:
     def start(reward: Reward) -> Any:
         return start_reward(reward, is_broken=True)
 
