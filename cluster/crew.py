@@ -84,6 +84,7 @@ class Crew:
         """Takes note that an actor's run has ended; returns its name and what it was lost to, if it was."""
         name = self._runs.pop(run)
         actor = self._actors.pop(name)
+        del self._placed[name]
         was_leaving = name in self._leaving
         self._leaving.discard(name)
         try:

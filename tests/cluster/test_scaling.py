@@ -212,7 +212,12 @@ def test_a_reward_actor_that_cannot_score_never_joins_and_is_not_tried_again_and
     pool.open([first])
     pool.resize("mine", 2)
     problems: list[tuple[str, str]] = []
-    wait_for(lambda: bool(problems.extend(pool.look()) or problems))
+
+    def has_failed() -> bool:
+        problems.extend(pool.look())
+        return bool(problems)
+
+    wait_for(has_failed)
     ((label, problem),) = problems
     assert label == "mine"
     assert "no such model" in problem
