@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from protocol.errors import RedisError
@@ -31,13 +32,16 @@ RECONNECT_EVERY_S = 1.0
 class RolloutWorker:
     """Answers tickets until `should_stop`. Any number of workers may share one ticket stream."""
 
-    def __init__(self, name: str, rollout: Rollout, streams: Streams, recipe: Recipe) -> None:
+    def __init__(
+        self, name: str, rollout: Rollout, streams: Streams, recipe: Recipe, num_replicas: Callable[[], int] = lambda: 1
+    ) -> None:
+        """`num_replicas` tells how many actors the largest pool of rewards has by now."""
         self._name, self._rollout, self._streams = name, rollout, streams
         self._claim_idle_s = recipe.redis.claim_idle_s
         self._scoring: list[tuple[Claim, Sampled]] = []
-        replicas = max((reward.replicas for reward in recipe.scored_rewards), default=1)
-        self._most_scoring = math.ceil(replicas / recipe.rollouts)
+        self._num_replicas, self._fewest_rollouts = num_replicas, recipe.rollouts.min
         self._sampling: Claim | None = None
+        self._busy_since: float | None = None
         self._renewed_at = self._reported_at = 0.0
         self._started_at, self._busy_s = time.monotonic(), 0.0
         self._num_groups = self._num_images = 0
@@ -51,8 +55,11 @@ class RolloutWorker:
             except RedisError as error:
                 for claim in self._held():
                     LOG.warning(f"let go: {error}", extra={"ticket": claim.ticket.ticket_id})
-                self._sampling, self._scoring = None, []
+                self._sampling, self._busy_since, self._scoring = None, None, []
                 time.sleep(RECONNECT_EVERY_S)
+        # Else another would make these groups again, once the claims are idle.
+        with suppress(RedisError):
+            self._wait_for_scores(at_most=0)
 
     def _turn(self) -> None:
         self._report()
@@ -60,11 +67,10 @@ class RolloutWorker:
         if claim is None:
             self._wait_for_scores(at_most=0)
             return
-        started = time.monotonic()
-        self._sampling = claim
+        self._sampling, self._busy_since = claim, time.monotonic()
         sampled = self._rollout.sample(claim.ticket, after_step=self._between_steps)
-        self._busy_s += time.monotonic() - started
-        self._wait_for_scores(at_most=self._most_scoring - 1)
+        self._busy_s, self._busy_since = self._busy_s + time.monotonic() - self._busy_since, None
+        self._wait_for_scores(at_most=math.ceil(self._num_replicas() / self._fewest_rollouts) - 1)
         self._sampling = None
         self._scoring.append((claim, sampled))
 
@@ -115,7 +121,7 @@ class RolloutWorker:
             f"rollout/{self._name}",
             groups=self._num_groups,
             images=self._num_images,
-            busy_s=self._busy_s,
+            busy_s=self._busy_s + (0.0 if self._busy_since is None else now - self._busy_since),
             alive_s=now - self._started_at,
             ticket=self._sampling.ticket.ticket_id if self._sampling else None,
             peak_bytes=self._rollout.peak_bytes,

@@ -21,7 +21,9 @@ from cluster.launch import Endpoint
 from cluster.metrics import Metrics
 from cluster.pulse import Pulse, Services
 from cluster.redis_server import RedisKeeper
+from cluster.reward_pools import Pools
 from cluster.run_dir import RunDir, follower_dir
+from cluster.scaling import Scaling
 from cluster.scoring import explain
 from cluster.sources import held_out_prompts
 from learner.checkpoint import drop_newer, latest_checkpoint, newest_common
@@ -48,6 +50,7 @@ class Status:
     attempt: int = 0
     restarts: int = 0
     queue: str = ""
+    scaling: str = ""
     progress: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -88,6 +91,13 @@ class Attempt:
         self._streams: Streams = self._endpoint.open()
         self._crew = Crew(self._start_rollout)
         self._num_lost: Counter[str] = Counter()
+        self._services = Services({})
+        self._pools = Pools(
+            self._services,
+            start=lambda reward: launch.start_reward(reward, environments),
+            probe=lambda actor: actor.probe.remote(*self._probe),
+            tell=self._crew.tell,
+        )
         self._actors: list[Any] = []
         self._groups: list[Any] = []
         self._pulse = Pulse()
@@ -105,10 +115,9 @@ class Attempt:
                 self._stop_learners(training, "asked to stop")
                 raise
             self._tell("finishing")
-            self._crew.stop()
-            self._draw_grid(self._recipe.rounds)
+            self._draw_grid(self._recipe.rounds, self._crew.stop())
         finally:
-            launch.stop_actors([*self._actors, *self._crew.actors], self._groups)
+            launch.stop_actors([*self._actors, *self._pools.actors, *self._crew.actors], self._groups)
             with suppress(RedisError):  # Left behind, the keys are deleted by the next attempt.
                 self._streams.delete_attempt()
 
@@ -117,20 +126,20 @@ class Attempt:
         recipe = self._recipe
         self._tell("starting actors")
         self._store = launch.start_store(recipe)
-        self._pools = launch.start_rewards(recipe, self._environments)
+        self._services.add("weight store", self._store)
+        self._pools.open(launch.start_rewards(recipe, self._environments))
         gangs = [self._hire(gang) for gang in self._gangs()]
         ranks = [rank for _, gang in gangs for rank in gang]
-        services = {f"reward/{p.settings.label}/{n}": actor for p in self._pools for n, actor in enumerate(p.actors)}
-        self._services = Services({"weight store": self._store, **services})
         self._ranks = [role_of(gang.name, number) for gang, ranks_ in gangs for number in range(len(ranks_))]
-        self._actors = [self._store, *ranks, *services.values()]
-        built = self._crew.hire(self._run_dir.wanted_rollouts() or recipe.rollouts)
+        self._actors = [self._store, *ranks]
+        built = self._crew.hire(recipe.rollouts.min)
         resume_round = self._resume_round()
         joined = [ref for gang, own in gangs for ref in self._join(gang, own, resume_round)]
         self._wait_until_built([*built, *joined])
         if not (self._run_dir.path / "samples" / "round-000000.png").exists():
-            self._draw_grid(0)
+            self._draw_grid(0, self._crew.actors)
         self._crew.run()
+        self._scaling = Scaling(recipe, self._run_dir.path, self._ranks[0], self._crew, self._pools)
         self._tell("training")
         return [rank.train.remote() for rank in ranks]
 
@@ -175,16 +184,22 @@ class Attempt:
 
     def _wait_until_built(self, refs: list[Any]) -> None:
         """Also tries every reward once: one that cannot score is refused before anything is sampled."""
-        facts = facts_of(self._recipe)
-        size = facts.image_side if facts else USUAL_IMAGE_SIZE
-        prompts = self._plan.sources[0].prompts[:1]
+        prompts, size = self._probe
         probes = {
-            actor.probe.remote(prompts, size): (pool.settings, actor) for pool in self._pools for actor in pool.actors
+            actor.probe.remote(prompts, size): (pool.settings, actor)
+            for pool in self._pools.now
+            for actor in pool.actors
         }
         for ref in refs:
             self._first(ref)
         for ref, (reward, actor) in probes.items():
             self._try(reward, functools.partial(actor.probe.remote, prompts, size), ref, prompts)
+
+    @property
+    def _probe(self) -> tuple[Sequence[str], int]:
+        """What a reward actor scores first: prompts, and the size of images."""
+        facts = facts_of(self._recipe)
+        return self._plan.sources[0].prompts[:1], facts.image_side if facts else USUAL_IMAGE_SIZE
 
     def _try(self, reward: Reward, probe: Callable[[], Any], ref: Any, prompts: Sequence[str]) -> None:
         """Waits until a reward actor has scored; tells of one that takes long, and of an optional one that fails."""
@@ -211,7 +226,8 @@ class Attempt:
             raise start_error(error) from error
 
     def _start_rollout(self, name: str) -> Any:
-        return launch.start_rollout(name, self._recipe, self._run_dir.path, self._endpoint, self._store, self._pools)
+        pools = self._pools.now
+        return launch.start_rollout(name, self._recipe, self._run_dir.path, self._endpoint, self._store, pools)
 
     def _watch(self, training: list[Any], redis: RedisKeeper) -> None:
         """Returns when every rank is done. Raises an error of ours, or LearnerLostError."""
@@ -229,8 +245,8 @@ class Attempt:
             else:
                 # What roles say comes through Redis: while it is away, nobody can be judged.
                 self._pulse.forgive_all()
-            if wanted := self._run_dir.wanted_rollouts():
-                self._crew.resize(wanted)
+            self._scaling.turn()
+            self._status.scaling = self._scaling.told
 
     def _check_rank(self, ref: Any) -> None:
         try:
@@ -277,12 +293,16 @@ class Attempt:
             return
         self._pulse.hear(said)
         rollouts = {f"rollout/{name}": name for name in self._crew.names}
+        waiting = set(rollouts.values()) - set(self._crew.placed)
+        for name in waiting:  # For a node, for as long as that takes.
+            self._pulse.forgive(f"rollout/{name}")
         services = self._services.words()
         with suppress(RedisError):  # For the metrics only.
             for role, words in services.items():
                 self._streams.report_progress(role, **words)
         shown = {role: words for role, words in said.items() if role in {*self._ranks, *rollouts}}
         self._status.progress = {**shown, **services}
+        self._scaling.look(said, depth)
         self._status.queue = f"{depth.waiting} waiting, {depth.claimed} claimed"
         self._show(self._status)
         self._tell_metrics(depth)
@@ -310,14 +330,17 @@ class Attempt:
             self._pulse.forgive(name)
         self._status.restarts += len(still)
 
-    def _draw_grid(self, round_: int) -> None:
-        """Samples the same prompts and seeds before and after, for people to look at."""
+    def _draw_grid(self, round_: int, rollouts: Sequence[Any]) -> None:
+        """Samples the same prompts and seeds before and after, for people to look at; with one of these actors."""
+        if not rollouts:
+            self._tell("no rollout actor is there to draw samples")
+            return
         found = latest_checkpoint(self._run_dir.path)
         data = found.result_bytes() if round_ and found else None
         wanted = self._recipe.evaluation.grid_prompts
         prompts = spread(held_out_prompts(self._recipe, self._run_dir.path) or self._plan.sources[0].prompts, wanted)
         self._tell("drawing samples")
-        rows = self._first(self._crew.actors[0].draw_grid.remote(prompts, data))
+        rows = self._first(rollouts[0].draw_grid.remote(prompts, data))
         samples = self._run_dir.path / "samples"
         before, now = samples / "round-000000.png", samples / f"round-{round_:06d}.png"
         save_grid(rows, now)

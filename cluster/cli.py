@@ -97,9 +97,14 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _add_scale(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    command = commands.add_parser("scale", help="give a run that is going on more or fewer rollout actors")
+    command = commands.add_parser("scale", help="give a run that is going on more or fewer actors")
     command.add_argument("run", metavar="RUN", type=Path, help="a run directory")
-    command.add_argument("num_rollouts", metavar="N", type=int, help="how many rollout actors it is to have")
+    command.add_argument(
+        "--rollouts", metavar="N|MIN:MAX", help="so many rollout actors; or between these, as the run needs them"
+    )
+    command.add_argument(
+        "--reward", nargs="+", action="extend", default=[], metavar="NAME=M", help="so many actors of a reward"
+    )
     command.set_defaults(command=_scale)
     return command
 
@@ -263,10 +268,16 @@ def _start(recipe: Recipe, options: argparse.Namespace) -> None:
 
 
 def _scale(options: argparse.Namespace) -> None:
-    from cluster.run_dir import scale
+    from cluster.wanted import scale
 
-    scale(options.run, options.num_rollouts)
-    print(f"the driver of {options.run} was asked for {options.num_rollouts} rollout actors")
+    wanted = scale(options.run, options.rollouts, options.reward)
+    _print_numbers(
+        {
+            **({"rollout actors": str(wanted.rollouts)} if wanted.rollouts else {}),
+            **{f"actors of {label}": str(number) for label, number in wanted.replicas.items()},
+        }
+    )
+    print(f"the driver of {options.run} was asked for this")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

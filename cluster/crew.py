@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+
+from cluster.scoring import RewardPool
 
 STOP_TIMEOUT_S = 30.0
 
@@ -15,14 +17,17 @@ STOP_TIMEOUT_S = 30.0
 class Crew:
     """Rollout actors by name.
 
-    hire --> built --> [running] -- lost --> replace, under the same name
-                          |
-                          +-- dismiss --> finishes the ticket in hand --> gone
+    hire --> [pending] -- there is room --> [building] --> [running] -- lost --> replace, under the same name
+                 |                                            |
+                 +-- dismiss --> gone                         +-- dismiss --> delivers what is in hand --> gone
+
+    A pending actor waits for as long as it takes the cluster to have room: what Ray's autoscaler starts nodes for.
     """
 
     def __init__(self, start: Callable[[str], Any]) -> None:
         """`start` starts an actor of a name."""
         self._start = start
+        self._placed: dict[str, Any] = {}
         self._names: Iterator[str] = map(str, count())
         self._actors: dict[str, Any] = {}
         self._runs: dict[Any, str] = {}
@@ -32,6 +37,14 @@ class Crew:
     def names(self) -> list[str]:
         """Those that are to stay."""
         return [name for name in self._actors if name not in self._leaving]
+
+    @property
+    def placed(self) -> list[str]:
+        """Those that are to stay and have a process; others wait for a node."""
+        return [name for name in self.names if self._is_placed(name)]
+
+    def _is_placed(self, name: str) -> bool:
+        return bool(ray.wait([self._placed[name]], timeout=0)[0])
 
     @property
     def actors(self) -> list[Any]:
@@ -46,7 +59,8 @@ class Crew:
     def hire(self, num: int) -> list[Any]:
         """Starts actors; returns what is ready when they are built."""
         names = [next(self._names) for _ in range(num)]
-        self._actors |= {name: self._start(name) for name in names}
+        for name in names:
+            self._place(name)
         return [self._actors[name].build.remote() for name in names]
 
     def run(self) -> None:
@@ -54,11 +68,15 @@ class Crew:
         self._runs = {actor.run.remote(): name for name, actor in self._actors.items()}
 
     def resize(self, num: int) -> None:
-        """Hires or dismisses so that `num` actors stay; those hired begin by themselves when they are built."""
-        surplus = self.names[num:]
-        for name in surplus:
+        """Hires or dismisses so that `num` actors stay; those hired begin by themselves when they are built, and those
+        go first that have no process yet."""
+        placed = self.placed
+        for name in [*placed, *(name for name in self.names if name not in placed)][num:]:
             self._leaving.add(name)
-            self._actors[name].stop.remote()
+            if name in placed:
+                self._actors[name].stop.remote()
+            else:
+                ray.kill(self._actors[name])
         for name in [next(self._names) for _ in range(num - len(self.names))]:
             self._begin(name)
 
@@ -66,6 +84,7 @@ class Crew:
         """Takes note that an actor's run has ended; returns its name and what it was lost to, if it was."""
         name = self._runs.pop(run)
         actor = self._actors.pop(name)
+        del self._placed[name]
         was_leaving = name in self._leaving
         self._leaving.discard(name)
         try:
@@ -83,11 +102,33 @@ class Crew:
         """Kills an actor that stands still; its run then ends as lost."""
         ray.kill(self._actors[name])
 
-    def stop(self) -> None:
-        """Lets all finish what is in hand, so that one of them is free to draw."""
-        ray.wait([actor.stop.remote() for actor in self.actors], num_returns=len(self.actors), timeout=STOP_TIMEOUT_S)
-        ray.wait(self.runs, num_returns=len(self.runs), timeout=STOP_TIMEOUT_S)
+    def tell(self, pools: Sequence[RewardPool]) -> None:
+        """Lets all know which reward actors there are by now."""
+        for actor in self.actors:
+            actor.use_pools.remote(pools)
+
+    def stop(self) -> list[Any]:
+        """Lets all finish what is in hand; returns those that have, and are free to draw."""
+        at_work = {run: name for run, name in self._runs.items() if self._is_placed(name)}
+        stops = [self._actors[name].stop.remote() for name in at_work.values()]
+        if not stops:
+            return []
+        ray.wait(stops, num_returns=len(stops), timeout=STOP_TIMEOUT_S)
+        done, _ = ray.wait(list(at_work), num_returns=len(at_work), timeout=STOP_TIMEOUT_S)
+        return [self._actors[at_work[run]] for run in done if _has_ended_well(run)]
 
     def _begin(self, name: str) -> None:
-        self._actors[name] = self._start(name)
+        self._place(name)
         self._runs[self._actors[name].build_and_run.remote()] = name
+
+    def _place(self, name: str) -> None:
+        self._actors[name] = self._start(name)
+        self._placed[name] = self._actors[name].__ray_ready__.remote()
+
+
+def _has_ended_well(run: Any) -> bool:
+    try:
+        ray.get(run)
+    except RayError:
+        return False
+    return True

@@ -162,7 +162,7 @@ def check_cores(recipe: Recipe | None, cores: int) -> Finding:
     if recipe is None:
         return Finding("cores", "ok", found)
     threads = {
-        "rollouts": recipe.rollouts * recipe.rollout_worker.threads,
+        "rollouts": recipe.rollouts.min * recipe.rollout_worker.threads,
         "the learner": recipe.learner.world_size * recipe.learner.threads,
     }
     found += "; " + ", ".join(f"{name}: {number} threads" for name, number in threads.items())
@@ -190,7 +190,7 @@ def _needed_memory(recipe: Recipe) -> int:
     """Of a model that is not on disk yet only the libraries are known."""
     processes = estimate(recipe)
     if processes is None:
-        return PROCESS_BYTES * (recipe.rollouts + sum(learner.world_size for learner in recipe.learners))
+        return PROCESS_BYTES * (recipe.rollouts.min + sum(learner.world_size for learner in recipe.learners))
     return sum(process.count * process.size_bytes("host") for process in processes)
 
 
@@ -244,7 +244,7 @@ def wanted_gpus(recipe: Recipe | None) -> float:
         return 0.0
     learners = sum(learner.num_gpus * learner.world_size for learner in recipe.learners)
     rewards = sum(reward.num_gpus * reward.replicas for reward in recipe.scored_rewards)
-    return learners + rewards + recipe.rollout_worker.num_gpus * recipe.rollouts
+    return learners + rewards + recipe.rollout_worker.num_gpus * recipe.rollouts.min
 
 
 def num_cores() -> int:

@@ -37,8 +37,8 @@ ROLE_RESTARTS = 10
 BUILD_TIMEOUT_S = 3600.0
 """How long a reward may take to be built: its first time on a machine may download gigabytes."""
 
-MORE_ROLLOUTS = 16
-"""How many rollout actors a laptop's run may be scaled up by."""
+MORE_ACTORS = 16
+"""How many actors of a rollout's size a laptop's run may be scaled up by."""
 
 FETCH_EVERY_S = 0.2
 
@@ -72,6 +72,10 @@ class RolloutProcess:
         self._store, self._scorer = StoreClient(store), Scorer(pools, self._run_dir)
         self._stopping = threading.Event()
 
+    def use_pools(self, pools: Sequence[RewardPool]) -> None:
+        """From now on asks these reward actors."""
+        self._scorer.use(pools)
+
     def build(self) -> None:
         """Loads the model and connects."""
         import torch
@@ -89,7 +93,9 @@ class RolloutProcess:
         self._chain = Chain(self._policy, self._recipe.sampler)
         maker = GroupMaker(self._chain, self._recipe, open_real_images(self._recipe, self._run_dir, self._policy))
         rollout = Rollout(self._chain, maker, self._fetch, self._scorer, self._name)
-        self._worker = RolloutWorker(self._name, rollout, self._endpoint.open(), self._recipe)
+        self._worker = RolloutWorker(
+            self._name, rollout, self._endpoint.open(), self._recipe, lambda: self._scorer.num_replicas
+        )
 
     def build_and_run(self) -> None:
         """What a replacement does."""
@@ -243,7 +249,8 @@ def connect_ray(recipe: Recipe, *, debug: bool) -> None:
 def local_options(recipe: Recipe) -> dict[str, Any]:
     """A laptop's Ray has as many CPUs as the roles ask for: they share what cores there are."""
     wanted = sum(placement.num_cpus * count for placement, count in roles(recipe))
-    wanted += MORE_ROLLOUTS * recipe.rollout_worker.num_cpus
+    more = recipe.rollouts.max - recipe.rollouts.min + MORE_ACTORS
+    wanted += more * recipe.rollout_worker.num_cpus
     return {"address": "local", "num_cpus": max(int(wanted + 1), os.cpu_count() or 1), "include_dashboard": False}
 
 
@@ -268,11 +275,16 @@ def start_rewards(recipe: Recipe, environments: Mapping[str, Mapping[str, Any]])
 
 def start_pool(reward: Reward, environments: Mapping[str, Mapping[str, Any]], *, held_out: bool = False) -> RewardPool:
     """Starts one reward's actors."""
+    return RewardPool(reward, tuple(start_reward(reward, environments) for _ in range(reward.replicas)), held_out)
+
+
+def start_reward(reward: Reward, environments: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Starts one actor of a reward's pool."""
     options = _options(reward)
     options["runtime_env"] = {**options["runtime_env"], **environments.get(reward.label, {})}
     # Restarted without end: what kills a reward fails its tickets, by max_attempts.
     remote = ray.remote(concurrency_groups={HEALTH: 1})(RewardProcess).options(**options, max_restarts=-1)
-    return RewardPool(reward, tuple(remote.remote(reward) for _ in range(reward.replicas)), held_out)
+    return remote.remote(reward)
 
 
 def start_rollout(

@@ -17,10 +17,10 @@ POLL_S = 2.0
 
 
 def roles(recipe: Recipe) -> list[tuple[Placement, int]]:
-    """Returns each role's placement and how many processes it has."""
+    """Returns each role's placement and how many processes a run starts of it."""
     return [
         *((learner, learner.world_size) for learner in recipe.learners),
-        (recipe.rollout_worker, recipe.rollouts),
+        (recipe.rollout_worker, recipe.rollouts.min),
         *((reward, reward.replicas) for reward in recipe.scored_rewards),
     ]
 

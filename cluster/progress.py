@@ -57,13 +57,16 @@ class PlainLines:
 
     def __init__(self, recipe: Recipe, history: History) -> None:
         self._recipe, self._history = recipe, history
-        self._phase, self._num_shown = "", len(history.read())
+        self._phase, self._scaling, self._num_shown = "", "", len(history.read())
 
     def show(self, status: Status) -> None:
         """Prints what is new."""
         if status.phase != self._phase:
             self._phase = status.phase
             LOG.info(status.phase)
+        if status.scaling != self._scaling:
+            self._scaling = status.scaling
+            LOG.info(status.scaling)
         rows = self._history.read()
         # A restarted learner goes back to its checkpoint; its rounds are told again.
         self._num_shown = min(self._num_shown, len(rows))
@@ -113,6 +116,8 @@ def panel(recipe: Recipe, rows: list[dict[str, Any]], status: Status) -> Group:
         table.add_row("ETA", duration(eta_s(recipe, rows)))
     table.add_row("busy", busy(status))
     table.add_row("tickets", status.queue)
+    if status.scaling:
+        table.add_row("scaling", status.scaling)
     return Group(table, ProgressBar(total=recipe.rounds, completed=len(rows), width=60))
 
 

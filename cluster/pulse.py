@@ -76,6 +76,14 @@ class Services:
         """Returns what services said when they last answered, of those that say anything."""
         return {service.name: service.words for service in self._services if service.words}
 
+    def add(self, name: str, actor: Any) -> None:
+        """Looks after one more."""
+        self._services.append(Service(name, actor))
+
+    def remove(self, name: str) -> None:
+        """Looks no longer after one."""
+        self._services = [service for service in self._services if service.name != name]
+
     def restart(self, names: Sequence[str]) -> None:
         """Kills services; Ray starts them again, and whoever waited for them asks again."""
         for service in self._services:

@@ -7,7 +7,8 @@ metrics.jsonl  ledger.jsonl             a line a round
 checkpoints/  samples/  export/         state, pictures, and weights for other tools
 learners/<name>/                        the same of each follower
 .lock                                   held while a driver lives
-.rollouts                               how many rollout actors `sfumato scale` asked for
+scaling.jsonl                           how many actors there were from when on, and why
+.scale                                  what `sfumato scale` asked for (cluster/wanted.py)
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from typing import Any
 
 import yaml
 
-from protocol.errors import RecipeError, RunDirError
+from protocol.errors import RunDirError
 from protocol.recipe import Recipe
 from protocol.recipe_file import dump_recipe, parse_recipe
 from protocol.roles import LAYOUT
 from protocol.stream import redacted_url
 
-SCALE_FILE = ".rollouts"
+SCALE_FILE = ".scale"
 RAY_SESSION = re.compile(r"/(ray/session_[^/]+|session_\d{4}(-\d\d){2}_\d\d(-\d\d){2}_\d+_\d+)(/|$)")
 """In Ray's usual folder, or in one that `ray start --temp-dir` names."""
 
@@ -71,25 +72,18 @@ class RunDir:
         self.attempt: int = before["attempt"] if before else -1
         self.next_attempt()
         (self.path / SCALE_FILE).unlink(missing_ok=True)
-        _write(self.path / "recipe.yaml", dump_recipe(_without_password(recipe)))
+        write_text(self.path / "recipe.yaml", dump_recipe(_without_password(recipe)))
         for follower in recipe.followers:
             folder = follower_dir(self.path, follower.name)
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(self.path / "run.json", folder / "run.json")
-            _write(folder / "recipe.yaml", dump_recipe(_without_password(recipe.of_follower(follower.name))))
-
-    def wanted_rollouts(self) -> int | None:
-        """Returns how many rollout actors `sfumato scale` has asked this driver for, if it has."""
-        try:
-            return int((self.path / SCALE_FILE).read_text())
-        except FileNotFoundError:
-            return None
+            write_text(folder / "recipe.yaml", dump_recipe(_without_password(recipe.of_follower(follower.name))))
 
     def next_attempt(self) -> int:
         """Counts a new attempt, whose Redis keys are its own. Returns its number."""
         self.attempt += 1
         run = {"run_id": self.run_id, "attempt": self.attempt, "started": time.time()}
-        _write(self.path / "run.json", json.dumps(run, indent=1))
+        write_text(self.path / "run.json", json.dumps(run, indent=1))
         return self.attempt
 
     def release(self) -> None:
@@ -107,21 +101,8 @@ def read_recipe(run_dir: Path) -> Recipe:
     return parse_recipe(yaml.safe_load(file.read_text()), source=str(file))
 
 
-def scale(run_dir: Path, num_rollouts: int) -> None:
-    """Asks the driver of a run for another number of rollout actors. Raises RecipeError or RunDirError."""
-    read_recipe(run_dir)
-    if num_rollouts < 1:
-        raise RecipeError("a run needs rollout actors", value=num_rollouts, expected="1 or more")
-    if not _is_driven(run_dir):
-        raise RunDirError(
-            "no driver is running this run, so there is nothing to scale",
-            value=str(run_dir),
-            do="resume it with rollouts=N",
-        )
-    _write(run_dir / SCALE_FILE, str(num_rollouts))
-
-
-def _is_driven(run_dir: Path) -> bool:
+def is_driven(run_dir: Path) -> bool:
+    """True while a driver holds a run's directory."""
     with (run_dir / ".lock").open() as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -237,7 +218,8 @@ def _without_password(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"redis": redis})
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that others may read at any moment: they find the old text or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     temporary.replace(path)

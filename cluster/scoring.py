@@ -79,18 +79,29 @@ class Scorer:
     """Hands out `score(images, prompt, ticket_id)`; results come in as a PendingGroupScores."""
 
     def __init__(self, pools: Sequence[RewardPool], run_dir: Path) -> None:
-        self._pools, self._run_dir = pools, run_dir
+        self._run_dir = run_dir
+        self._pools: dict[str, RewardPool] = {}
+        self.use(pools)
         # Scorers do not begin with the same actor, all of them.
         self._turns = count(os.getpid())
+
+    def use(self, pools: Sequence[RewardPool]) -> None:
+        """From now on asks these actors, also whenever something that is on its way has to be asked again."""
+        self._pools.update({pool.settings.label: pool for pool in pools})
+
+    @property
+    def num_replicas(self) -> int:
+        """How many actors the largest pool has."""
+        return max((len(pool.actors) for pool in self._pools.values()), default=1)
 
     def __call__(
         self, images: np.ndarray, prompt: str, ticket_id: str, num_states: int = 1, is_check: bool = False
     ) -> PendingGroupScores:
         """Sends uint8 images (G M, H, W, 3) of one prompt to one actor of every pool; the held-out ones see checks."""
         question = Question(images, ray.put(images), prompt, ticket_id, num_states, next(self._turns))
-        pools = [pool for pool in self._pools if is_check or not pool.held_out]
+        labels = [label for label, pool in self._pools.items() if is_check or not pool.held_out]
         return PendingGroupScores(
-            [PendingPart(pool, question, ScoreLog(self._run_dir, pool.settings.label)) for pool in pools]
+            [PendingPart(self._pools, label, question, ScoreLog(self._run_dir, label)) for label in labels]
         )
 
 
@@ -116,10 +127,12 @@ class PendingGroupScores:
 class PendingPart:
     """One reward's scores of one group."""
 
-    def __init__(self, pool: RewardPool, question: Question, log: ScoreLog) -> None:
-        self._pool, self._settings, self._question, self._log = pool, pool.settings, question, log
+    def __init__(self, pools: Mapping[str, RewardPool], label: str, question: Question, log: ScoreLog) -> None:
+        """`pools` are those of now: actors come and go."""
+        self._pools, self._settings, self._question, self._log = pools, pools[label].settings, question, log
         self._attempt, self._lost_at, self._pinged_at = 0, 0.0, 0.0
         self._ref: Any = None
+        self._actor: Any = None
         self._pings: list[Any] = []
         self._error: SfumatoError | None = None
         self._entry = log.read(question.key) if log.exists() or not self._settings.required else None
@@ -130,6 +143,10 @@ class PendingPart:
     def label(self) -> str:
         """The reward's name."""
         return self._settings.label
+
+    @property
+    def _pool(self) -> RewardPool:
+        return self._pools[self.label]
 
     def ready(self) -> bool:
         """Takes what has come; True once that is the end of it."""
@@ -148,10 +165,10 @@ class PendingPart:
 
     def _ask(self) -> None:
         # In turn, so that a pool's load is even; a retry asks the next actor.
-        number = (self._question.turn + self._attempt) % len(self._pool.actors)
-        question = self._question
-        score = self._pool.actors[number].score
-        self._ref, self._pings = score.remote(question.reference, question.prompt, question.num_states), []
+        question, actors = self._question, self._pool.actors
+        self._actor = actors[(question.turn + self._attempt) % len(actors)]
+        self._ref = self._actor.score.remote(question.reference, question.prompt, question.num_states)
+        self._pings = []
 
     def _take(self) -> None:
         try:
@@ -164,6 +181,9 @@ class PendingPart:
         self._entry = self._log.write(self._question.key, entry) if must_stay else entry
 
     def _fail(self, error: Exception) -> None:
+        if isinstance(error, RayActorError) and self._actor not in self._pool.actors:
+            self._ask()  # It was dismissed meanwhile, which is nobody's fault.
+            return
         was_asked = not isinstance(_cause(error), MakingWayError)
         self._attempt += was_asked
         self._error = explain(self._settings, self._question.prompt, error)

@@ -123,6 +123,8 @@ def derived_numbers(recipe: Recipe) -> dict[str, str]:
         "groups a round": f"{batch.num_groups}, {batch.num_groups // learner.world_size} a rank",
         "optimizer steps": f"{num_steps} ({algorithm.num_steps_per_round} a round)",
     }
+    if recipe.rollouts.min < recipe.rollouts.max:
+        numbers["rollout actors"] = f"{recipe.rollouts}, as the run needs them"
     if any(is_sampled(recipe, kind) for kind in recipe.source_kinds):
         numbers |= {
             "images sampled a round, at most": f"{batch.num_trajectories} ({batch.num_groups} groups of "

@@ -236,7 +236,7 @@ def _rollout_actor(recipe: Recipe, files: ModelFiles) -> Process:
     ]
     if recipe.rollout_worker.num_gpus:
         items.append(Item("a part of the model while it is loaded", largest, "host", HALVE))
-    return Process("a rollout actor", recipe.rollouts, recipe.rollout_worker, _not_empty(items))
+    return Process("a rollout actor", recipe.rollouts.min, recipe.rollout_worker, _not_empty(items))
 
 
 def _passing(recipe: Recipe, files: ModelFiles, shape_CHW: tuple[int, int, int]) -> Item:

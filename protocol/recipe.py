@@ -16,7 +16,7 @@ from protocol.algorithms import Algorithm, Content, Iteration, SourceKind, Spin,
 from protocol.datasets import Dataset
 from protocol.firewall import Firewall
 from protocol.prompt_sets import Prompts
-from protocol.roles import LAYOUT, Learner, Placement, Reward
+from protocol.roles import LAYOUT, Learner, Placement, Reward, Rollouts
 from protocol.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from protocol.starting_lora import StartingLora
 
@@ -227,8 +227,8 @@ class Recipe(Section):
     """Rounds to train: sample P groups, learn, publish."""
     lag: Annotated[int, Field(ge=0, le=16)] = 0
     """Round u is sampled with version max(0, u - lag): 0 alternates, 1 or more overlaps."""
-    rollouts: PositiveInt = 1
-    """Rollout actors. Changes how fast a run goes, never where it ends."""
+    rollouts: Rollouts = Rollouts(max=1)
+    """Rollout actors: a number, or {min: 1, max: 16}. Changes how fast a run goes, never where it ends."""
     model: Model = Model()
     """The base model."""
     prompts: Prompts = Prompts()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from protocol.section import Decay, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+
+MAX_ACTORS = 1024
+"""Of one role: what is above is a slip of the hand."""
 
 
 class Placement(Section):
@@ -45,6 +48,38 @@ class Running(Section):
 
     how: Literal["running"]
     """Normalisation by the run's own scores."""
+
+
+class Rollouts(Section):
+    """How many rollout actors a run has: `rollouts: 4`, or `rollouts: {min: 1, max: 16}`, between which it scales by
+    itself (cluster/controller.py)."""
+
+    min: Annotated[int, Field(ge=1, le=MAX_ACTORS)] = 1
+    """The fewest. A run starts with these."""
+    max: Annotated[int, Field(ge=1, le=MAX_ACTORS)]
+    """The most."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_number(cls, given: Any) -> Any:
+        if isinstance(given, int) and not isinstance(given, bool):
+            return {"min": given, "max": given}
+        if not isinstance(given, dict | cls):
+            raise ValueError(f"expected a number, or {{min: 1, max: 16}}. Got: {given!r}")
+        return given
+
+    @model_validator(mode="after")
+    def _min_is_not_above_max(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+    @model_serializer(mode="plain")
+    def _as_written(self) -> int | dict[str, int]:
+        return self.min if self.min == self.max else {"min": self.min, "max": self.max}
+
+    def __str__(self) -> str:
+        return str(self.min) if self.min == self.max else f"{self.min} to {self.max}"
 
 
 class Reward(Placement):

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster.run_dir import RunDir, read_recipe, scale
+from cluster.run_dir import RunDir, read_recipe
 from cluster.sources import prepare_sources, read_plan
+from cluster.wanted import Wanted, read_wanted, scale
 from protocol.datasets import Item, Manifest
 from protocol.errors import RecipeError, RunDirError
 from protocol.paths import manifest_path
 from protocol.recipe import Recipe
 from protocol.recipe_file import load_recipe, parse_recipe
+from protocol.roles import Rollouts
 from protocol.tickets import Source
 
 
@@ -168,26 +170,59 @@ def test_a_redis_url_of_the_environment_is_kept_by_its_variables_name(
     assert not any("hush" in file.read_text() for file in (tmp_path / "run").rglob("*") if file.is_file())
 
 
-def test_a_driver_hears_how_many_rollout_actors_are_wanted_and_the_next_one_starts_afresh(
-    tmp_path: Path, recipe: Recipe
-) -> None:
+def test_a_driver_hears_what_is_wanted_and_the_next_one_starts_afresh(tmp_path: Path, recipe: Recipe) -> None:
     driven = RunDir(tmp_path / "run", recipe, resume=False)
-    assert driven.wanted_rollouts() is None
-    scale(driven.path, 3)
-    assert driven.wanted_rollouts() == 3
+    label = recipe.rewards[0].label
+    assert read_wanted(driven.path) == Wanted()
+    scale(driven.path, "3", [])
+    assert read_wanted(driven.path) == Wanted(Rollouts(min=3, max=3))
+    scale(driven.path, None, [f"{label}=4"])
+    scale(driven.path, "2:16", [])
+    assert read_wanted(driven.path) == Wanted(Rollouts(min=2, max=16), {label: 4})
     driven.release()
-    assert start(driven.path, recipe, resume=True).wanted_rollouts() is None
+    assert read_wanted(start(driven.path, recipe, resume=True).path) == Wanted()
 
 
 def test_only_a_run_that_is_going_on_can_be_scaled(tmp_path: Path, recipe: Recipe) -> None:
     ended = start(tmp_path / "run", recipe)
     with pytest.raises(RunDirError, match="no driver is running this run"):
-        scale(ended.path, 2)
-    with pytest.raises(RecipeError, match=r"needs rollout actors. Got: 0"):
-        scale(ended.path, 0)
+        scale(ended.path, "2", [])
     with pytest.raises(RunDirError, match="not a run directory"):
-        scale(tmp_path, 2)
-    assert ended.wanted_rollouts() is None
+        scale(tmp_path, "2", [])
+    assert read_wanted(ended.path) == Wanted()
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "rewards", "message"),
+    [
+        (None, [], "nothing to scale"),
+        ("0", [], r"--rollouts: this is no number of actors. Got: '?0'?. Expected: 1 to 1024"),
+        ("-1", [], "--rollouts: this is no number"),
+        ("two", [], "--rollouts: this is no number"),
+        ("1025", [], "--rollouts: this is no number"),
+        ("0:4", [], "--rollouts: this is no number"),
+        ("2:", [], "--rollouts: this is no number"),
+        ("5:4", [], "the minimum is above the maximum"),
+        ("2", ["beauty=3"], r"the run has no reward beauty. Expected: one of jpeg_compressibility"),
+        ("2", ["jpeg_compressibility=0"], "--reward jpeg_compressibility: this is no number"),
+        ("2", ["jpeg_compressibility=4096"], "--reward jpeg_compressibility: this is no number"),
+        ("2", ["jpeg_compressibility"], "not of the form NAME=M"),
+    ],
+)
+def test_a_request_that_is_wrong_in_one_part_asks_for_nothing(
+    tmp_path: Path, recipe: Recipe, rollouts: str | None, rewards: list[str], message: str
+) -> None:
+    driven = RunDir(tmp_path / "run", recipe, resume=False)
+    with pytest.raises(RecipeError, match=message):
+        scale(driven.path, rollouts, rewards)
+    assert read_wanted(driven.path) == Wanted()
+    driven.release()
+
+
+def test_a_resume_may_change_the_number_of_rollout_actors_to_bounds(tmp_path: Path, prompts: Path) -> None:
+    start(tmp_path / "run", make_recipe(prompts, rollouts=4))
+    resumed = start(tmp_path / "run", make_recipe(prompts, rollouts={"max": 16}), resume=True)
+    assert read_recipe(resumed.path).rollouts == Rollouts(min=1, max=16)
 
 
 def test_another_layout_of_the_learner_is_taken_with_a_notice(tmp_path: Path, prompts: Path) -> None:
