@@ -18,11 +18,13 @@ from cluster import launch
 from cluster.crew import Crew
 from cluster.grids import save_grid, side_by_side
 from cluster.launch import Endpoint
+from cluster.nodes import Strategy, strategies
 from cluster.pulse import Pulse, Services
 from cluster.redis_server import RedisKeeper
 from cluster.run_dir import RunDir, follower_dir
 from cluster.scoring import explain
 from cluster.sources import held_out_prompts
+from cluster.versions import own_versions
 from learner.checkpoint import drop_newer, latest_checkpoint, newest_common
 from learner.company import Company, role_of
 from protocol.derived import facts_of
@@ -82,7 +84,9 @@ class Attempt:
         self._environments = environments
         self._recipe, self._run_dir, self._plan = recipe, run_dir, plan
         self._status, self._show = status, show
-        self._endpoint = Endpoint(url, run_dir.run_id, run_dir.attempt, recipe.num_shards, recipe.redis.timeout_s)
+        self._endpoint = Endpoint(
+            url, run_dir.run_id, run_dir.attempt, recipe.num_shards, recipe.redis.timeout_s, own_versions()
+        )
         self._streams: Streams = self._endpoint.open()
         self._crew = Crew(self._start_rollout)
         self._num_lost: Counter[str] = Counter()
@@ -114,8 +118,9 @@ class Attempt:
         recipe = self._recipe
         self._tell("starting actors")
         self._store = launch.start_store(recipe)
+        # Before the rewards, one of which might take a place that only a rank can use.
+        gangs = [self._hire(gang, strategy) for gang, strategy in zip(self._gangs(), strategies(recipe), strict=True)]
         self._pools = launch.start_rewards(recipe, self._environments)
-        gangs = [self._hire(gang) for gang in self._gangs()]
         ranks = [rank for _, gang in gangs for rank in gang]
         services = {f"reward/{p.settings.label}/{n}": actor for p in self._pools for n, actor in enumerate(p.actors)}
         self._services = Services({"weight store": self._store, **services})
@@ -139,8 +144,12 @@ class Attempt:
         ]
         return [Gang(None, recipe, path), *followers]
 
-    def _hire(self, gang: Gang) -> tuple[Gang, list[Any]]:
-        ranks, group = launch.start_learners(gang.recipe.learner)
+    def _hire(self, gang: Gang, strategy: Strategy) -> tuple[Gang, list[Any]]:
+        learner = gang.recipe.learner
+        if learner.world_size > 1:
+            where = "on one node" if strategy == "STRICT_PACK" else "on several nodes: none has room for all"
+            self._tell(f"placing the {learner.world_size} ranks of {role_of(gang.name, 0).rpartition('/')[0]} {where}")
+        ranks, group = launch.start_learners(learner, strategy, self._recipe.supervision.start_timeout_s)
         self._groups.append(group)
         return gang, ranks
 
@@ -175,10 +184,12 @@ class Attempt:
         facts = facts_of(self._recipe)
         size = facts.image_side if facts else USUAL_IMAGE_SIZE
         prompts = self._plan.sources[0].prompts[:1]
+        versions = self._endpoint.versions
+        checks = [actor.refuse_others.remote(versions) for pool in self._pools for actor in pool.actors]
         probes = {
             actor.probe.remote(prompts, size): (pool.settings, actor) for pool in self._pools for actor in pool.actors
         }
-        for ref in refs:
+        for ref in [*checks, *refs]:
             self._first(ref)
         for ref, (reward, actor) in probes.items():
             self._try(reward, functools.partial(actor.probe.remote, prompts, size), ref, prompts)
