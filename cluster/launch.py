@@ -31,6 +31,7 @@ from protocol.roles import Learner, Placement, Reward
 from protocol.scores import plain_total
 from protocol.stream import Streams, connect
 from protocol.tickets import Ticket, TicketPlan
+from sfumato import WORKING_DIR
 
 ROLE_RESTARTS = 10
 """How often Ray restarts a weight store: it holds nothing that cannot be had again."""
@@ -248,7 +249,10 @@ def connect_ray(recipe: Recipe, *, debug: bool) -> None:
         **options,
         log_to_driver=debug,
         logging_level="INFO" if debug else "ERROR",
-        runtime_env={"worker_process_setup_hook": "sfumato.set_up_ray_worker"},
+        runtime_env={
+            "worker_process_setup_hook": "sfumato.set_up_ray_worker",
+            "env_vars": {WORKING_DIR: os.getcwd()},
+        },
     )
 
 

@@ -17,7 +17,7 @@ from tests.end_to_end.several_nodes import Nodes, Wire
 
 pytestmark = pytest.mark.slow
 
-TWO_RANKS = ("rounds=6", "lag=1", "learner.world_size=2")
+TWO_RANKS = ("rounds=5", "lag=1", "learner.world_size=2")
 ON_NODES = ("learner.resources={learner: 1}", "rollout_worker.resources={rollout: 1}", "rollouts=2")
 
 
@@ -65,7 +65,7 @@ def test_a_rollout_node_that_is_lost_in_mid_round_changes_nothing(
     with Driver(workshop / "lost-node", ARGUMENTS, cwd=workshop, **settings) as driver:
         driver.wait_for(lambda: driver.rounds_done() >= 1)
         nodes.remove("rollout-1")
-        assert driver.rounds_done() < 6, "the run was over before its node was lost"
+        assert driver.rounds_done() < 5, "the run was over before its node was lost"
         run = driver.finish()
     assert run.digests == train(*TWO_RANKS).digests
 
@@ -83,7 +83,7 @@ def test_a_network_that_is_cut_between_all_roles_and_redis_heals(
             at_the_cut = driver.rounds_done()
             time.sleep(15)
             assert wire.num_cut > 0
-            assert driver.rounds_done() <= at_the_cut + 2 < 6, "the run went on without Redis"
+            assert driver.rounds_done() <= at_the_cut + 2 < 5, "the run went on without Redis"
             wire.heal()
             run = driver.finish()
     assert run.digests == train(*TWO_RANKS).digests
