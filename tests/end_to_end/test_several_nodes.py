@@ -46,6 +46,9 @@ def settings(nodes: Nodes, redis_over_tcp: RedisServer) -> dict[str, Any]:
     return {"env": {**nodes.env, "SFUMATO_REDIS_URL": redis_over_tcp.url}}
 
 
+LONGER = "rounds=12"
+"""Of runs that must not be over before something happens to them: their first versions are compared."""
+
 ARGUMENTS = ("recipe.yaml", *TWO_RANKS, *ON_NODES, "redis.url=env:SFUMATO_REDIS_URL")
 
 
@@ -62,12 +65,12 @@ def test_a_rollout_node_that_is_lost_in_mid_round_changes_nothing(
     train: Callable[..., Run], workshop: Path, nodes: Nodes, settings: dict[str, Any]
 ) -> None:
     nodes.add("rollout-1", {"rollout": 2})
-    with Driver(workshop / "lost-node", ARGUMENTS, cwd=workshop, **settings) as driver:
+    with Driver(workshop / "lost-node", [*ARGUMENTS, LONGER], cwd=workshop, **settings) as driver:
         driver.wait_for(lambda: driver.rounds_done() >= 1)
         nodes.remove("rollout-1")
-        assert driver.rounds_done() < 5, "the run was over before its node was lost"
+        assert driver.rounds_done() < 12, "the run was over before its node was lost"
         run = driver.finish()
-    assert run.digests == train(*TWO_RANKS).digests
+    assert run.digests.items() >= train(*TWO_RANKS).digests.items()
 
 
 def test_a_network_that_is_cut_between_all_roles_and_redis_heals(
@@ -77,16 +80,16 @@ def test_a_network_that_is_cut_between_all_roles_and_redis_heals(
     with Wire(host, redis_over_tcp.port) as wire:
         url = redis_over_tcp.url.replace(f":{redis_over_tcp.port}/", f":{wire.port}/")
         env = {**nodes.env, "SFUMATO_REDIS_URL": url}
-        with Driver(workshop / "cut-network", ARGUMENTS, cwd=workshop, env=env) as driver:
+        with Driver(workshop / "cut-network", [*ARGUMENTS, LONGER], cwd=workshop, env=env) as driver:
             driver.wait_for(lambda: driver.rounds_done() >= 1)
             wire.cut()
             at_the_cut = driver.rounds_done()
             time.sleep(15)
             assert wire.num_cut > 0
-            assert driver.rounds_done() <= at_the_cut + 2 < 5, "the run went on without Redis"
+            assert driver.rounds_done() <= at_the_cut + 2 < 12, "the run went on without Redis"
             wire.heal()
             run = driver.finish()
-    assert run.digests == train(*TWO_RANKS).digests
+    assert run.digests.items() >= train(*TWO_RANKS).digests.items()
 
 
 def test_a_node_with_another_version_of_diffusers_is_refused_with_a_table(
