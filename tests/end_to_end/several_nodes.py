@@ -72,6 +72,8 @@ class Wire:
         self.num_cut += len(self._writers)
         for writer in self._writers:
             writer.transport.abort()
+        while self._writers:
+            await asyncio.sleep(0.01)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         inner_reader, inner_writer = await asyncio.open_connection(self._host, self._target_port)
