@@ -8,11 +8,14 @@ gets our root first on `sys.path`, or an error; never somebody else's module in 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ("protocol", "diffusion", "rewards", "actors", "learner", "cluster")
+WORKING_DIR = "SFUMATO_WORKING_DIR"
+"""The variable that tells Ray's workers of the driver's working directory: those of nodes have one of their own."""
 
 
 def claim_packages() -> None:
@@ -33,7 +36,11 @@ def claim_packages() -> None:
 
 
 def set_up_ray_worker() -> None:
-    """Runs in every Ray worker of a job before anything of ours is imported there."""
+    """Runs in every Ray worker of a job before anything of ours is imported there. Where the driver's working directory
+    is there too, as on one machine or a shared disk, it is the worker's too: recipes' paths are relative to it."""
+    folder = os.environ.get(WORKING_DIR)
+    if folder and os.path.isdir(folder):
+        os.chdir(folder)
     path = [*sys.path]
     claim_packages()
     # Ours are imported by now. A reward's own environment must stay before others that ours are installed beside.

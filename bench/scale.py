@@ -26,6 +26,7 @@ from actors.rollout_worker import RolloutWorker
 from bench.scale_simulation import Demand, Outcome, Plant, broadcast_s, simulate
 from cluster.launch import Endpoint, start_store
 from cluster.redis_server import RedisServer
+from cluster.versions import own_versions
 from cluster.weight_store import StoreClient
 from learner.receipts import receipt_of
 from protocol.groups import Group
@@ -148,7 +149,7 @@ class Bench:
     """A run without a learner: the store, the streams, and a reader that does what a rank does with a group."""
 
     def __init__(self, server: RedisServer, shape: tuple[int, ...]) -> None:
-        self._shape, self._endpoint = shape, Endpoint(server.url, "scale", 1, 1, 60.0)
+        self._shape, self._endpoint = shape, Endpoint(server.url, "scale", 1, 1, 60.0, own_versions())
         self._server = psutil.Process(server.pid)
         self._streams: Streams = self._endpoint.open()
         self._streams.open()

@@ -19,6 +19,7 @@ from cluster.crew import Crew
 from cluster.grids import save_grid, side_by_side
 from cluster.launch import Endpoint
 from cluster.metrics import Metrics
+from cluster.nodes import Strategy, strategies
 from cluster.pulse import Pulse, Services
 from cluster.redis_server import RedisKeeper
 from cluster.reward_pools import Pools
@@ -26,6 +27,7 @@ from cluster.run_dir import RunDir, follower_dir
 from cluster.scaling import Scaling
 from cluster.scoring import explain
 from cluster.sources import held_out_prompts
+from cluster.versions import own_versions
 from learner.checkpoint import drop_newer, latest_checkpoint, newest_common
 from learner.company import Company, role_name, role_of
 from protocol.derived import facts_of
@@ -87,7 +89,9 @@ class Attempt:
         self._environments = environments
         self._recipe, self._run_dir, self._plan = recipe, run_dir, plan
         self._status, self._show = status, show
-        self._endpoint = Endpoint(url, run_dir.run_id, run_dir.attempt, recipe.num_shards, recipe.redis.timeout_s)
+        self._endpoint = Endpoint(
+            url, run_dir.run_id, run_dir.attempt, recipe.num_shards, recipe.redis.timeout_s, own_versions()
+        )
         self._streams: Streams = self._endpoint.open()
         self._crew = Crew(self._start_rollout)
         self._num_lost: Counter[str] = Counter()
@@ -127,8 +131,9 @@ class Attempt:
         self._tell("starting actors")
         self._store = launch.start_store(recipe)
         self._services.add("weight store", self._store)
+        # Before the rewards, one of which might take a place that only a rank can use.
+        gangs = [self._hire(gang, strategy) for gang, strategy in zip(self._gangs(), strategies(recipe), strict=True)]
         self._pools.open(launch.start_rewards(recipe, self._environments))
-        gangs = [self._hire(gang) for gang in self._gangs()]
         ranks = [rank for _, gang in gangs for rank in gang]
         self._ranks = [role_of(gang.name, number) for gang, ranks_ in gangs for number in range(len(ranks_))]
         self._actors = [self._store, *ranks]
@@ -151,8 +156,12 @@ class Attempt:
         ]
         return [Gang(None, recipe, path), *followers]
 
-    def _hire(self, gang: Gang) -> tuple[Gang, list[Any]]:
-        ranks, group = launch.start_learners(gang.recipe.learner)
+    def _hire(self, gang: Gang, strategy: Strategy) -> tuple[Gang, list[Any]]:
+        learner = gang.recipe.learner
+        if learner.world_size > 1:
+            where = "on one node" if strategy == "STRICT_PACK" else "on several nodes: none has room for all"
+            self._tell(f"placing the {learner.world_size} ranks of {role_of(gang.name, 0).rpartition('/')[0]} {where}")
+        ranks, group = launch.start_learners(learner, strategy, self._recipe.supervision.start_timeout_s)
         self._groups.append(group)
         return gang, ranks
 
@@ -185,12 +194,14 @@ class Attempt:
     def _wait_until_built(self, refs: list[Any]) -> None:
         """Also tries every reward once: one that cannot score is refused before anything is sampled."""
         prompts, size = self._probe
+        versions = self._endpoint.versions
+        checks = [actor.refuse_others.remote(versions) for pool in self._pools.now for actor in pool.actors]
         probes = {
             actor.probe.remote(prompts, size): (pool.settings, actor)
             for pool in self._pools.now
             for actor in pool.actors
         }
-        for ref in refs:
+        for ref in [*checks, *refs]:
             self._first(ref)
         for ref, (reward, actor) in probes.items():
             self._try(reward, functools.partial(actor.probe.remote, prompts, size), ref, prompts)

@@ -7,8 +7,8 @@
 
 An environment is a virtual environment without pip of its own, whose .pth file adds the main one's packages after
 its own. It lies in $SFUMATO_CACHE (or ~/.cache/sfumato), named after its pins and the main environment, so a change
-of either makes a new one. What is not marked, because its making was killed, is made again. Pip inherits the lock:
-where it outlives whoever started it, the next one waits for its end.
+of either makes a new one. What is not marked, because its making was killed, is made again. Pip ends with whoever
+started it; where the system cannot see to that, it has inherited the lock, and the next one waits for its end.
 
 Ray's own `runtime_env={"pip": ...}` would copy the main environment whole, and again for every local run.
 """
@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from cluster.bound import bound
 from protocol.errors import RewardError
 from protocol.roles import Reward
 from rewards.loading import pins_of
@@ -202,7 +203,7 @@ def _lay_over_main(environment: Environment) -> None:
     """Makes it without pip where the main one has pip, which then serves both."""
     without_pip = ["--without-pip"] if _is_installed("pip") else []
     command = [sys.executable, "-m", "venv", *without_pip, str(environment.folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(bound(command), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RewardError(
             f"the environment of {environment.label} cannot be made: {(done.stdout + done.stderr).strip()}",
@@ -224,7 +225,7 @@ def _install(environment: Environment, lock: IO[str]) -> Iterator[str]:
     with (
         environment.log.open("w") as log,
         subprocess.Popen(
-            command,
+            bound(command),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             pass_fds=(lock.fileno(),),
@@ -270,7 +271,7 @@ def _complete_numpy(numpy: Path) -> None:
 
 
 def _try(environment: Environment) -> None:
-    done = subprocess.run([environment.python, "-P", "-c", TRIAL], capture_output=True, text=True, check=False)
+    done = subprocess.run(bound([environment.python, "-P", "-c", TRIAL]), capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise RewardError(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,20 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from cluster.nodes import demand, roles
+from cluster.nodes import Strategy, demand, roles
 from cluster.pulse import HEALTH
 from cluster.scoring import Answer, MakingWayError, OutOfTimeError, RewardPool, Scorer
+from cluster.versions import OF_REWARDS, own_versions, refuse_others
 from cluster.weight_store import StoreClient, WeightStore
 from learner.company import Company
 from protocol import log
-from protocol.errors import RedisError, RewardError
+from protocol.errors import RedisError, RewardError, TrainingError
 from protocol.recipe import Recipe
 from protocol.roles import Learner, Placement, Reward
 from protocol.scores import plain_total
 from protocol.stream import Streams, connect
 from protocol.tickets import Ticket, TicketPlan
+from sfumato import WORKING_DIR
 
 ROLE_RESTARTS = 10
 """How often Ray restarts a weight store: it holds nothing that cannot be had again."""
@@ -45,13 +48,18 @@ FETCH_EVERY_S = 0.2
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What a process needs to join an attempt's streams."""
+    """What a process needs to join an attempt's streams, and the versions that it must run to do so."""
 
     url: str
     run_id: str
     attempt: int
     num_shards: int
     timeout_s: float
+    versions: Mapping[str, str]
+
+    def refuse_others(self, who: str) -> None:
+        """Raises TrainingError where this process runs other versions than the driver."""
+        refuse_others(f"{who} on node {ray.util.get_node_ip_address()}", own_versions(), self.versions)
 
     def open(self) -> Streams:
         """Connects. Raises RedisError."""
@@ -78,6 +86,7 @@ class RolloutProcess:
 
     def build(self) -> None:
         """Loads the model and connects."""
+        self._endpoint.refuse_others(f"the rollout actor {self._name}")
         import torch
 
         from actors.makers import GroupMaker
@@ -162,6 +171,7 @@ class LearnerProcess:
         resume_round: int,
     ) -> None:
         """Builds the rank; returns when the whole gang is built."""
+        endpoint.refuse_others(f"the learner rank {rank}")
         address, port = meeting
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(recipe.learner.world_size))
         os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
@@ -187,6 +197,11 @@ class RewardProcess:
         self._busy_s, self._started_at = 0.0, time.monotonic()
         # One thread for all scores: some models are bound to the thread that built them.
         self._thread = ThreadPoolExecutor(1)
+
+    def refuse_others(self, versions: Mapping[str, str]) -> None:
+        """Raises TrainingError where this process runs other versions than the driver of what rewards share."""
+        who = f"the reward {self._settings.label} on node {ray.util.get_node_ip_address()}"
+        refuse_others(who, own_versions(), versions, OF_REWARDS)
 
     def probe(self, prompts: Sequence[str], size: int) -> None:
         """Scores generated images, so that a reward that cannot work is refused before a run starts."""
@@ -242,13 +257,16 @@ def connect_ray(recipe: Recipe, *, debug: bool) -> None:
         **options,
         log_to_driver=debug,
         logging_level="INFO" if debug else "ERROR",
-        runtime_env={"worker_process_setup_hook": "sfumato.set_up_ray_worker"},
+        runtime_env={
+            "worker_process_setup_hook": "sfumato.set_up_ray_worker",
+            "env_vars": {WORKING_DIR: os.getcwd()},
+        },
     )
 
 
 def local_options(recipe: Recipe) -> dict[str, Any]:
     """A laptop's Ray has as many CPUs as the roles ask for: they share what cores there are."""
-    wanted = sum(placement.num_cpus * count for placement, count in roles(recipe))
+    wanted = sum(placement.num_cpus * num for _, placement, num in roles(recipe))
     more = recipe.rollouts.max - recipe.rollouts.min + MORE_ACTORS
     wanted += more * recipe.rollout_worker.num_cpus
     return {"address": "local", "num_cpus": max(int(wanted + 1), os.cpu_count() or 1), "include_dashboard": False}
@@ -290,15 +308,21 @@ def start_reward(reward: Reward, environments: Mapping[str, Mapping[str, Any]]) 
 def start_rollout(
     name: str, recipe: Recipe, run_dir: Path, endpoint: Endpoint, store: Any, pools: Sequence[RewardPool]
 ) -> Any:
-    """Starts one rollout actor."""
+    """Starts one rollout actor, on the node with the fewest of what its resources allow."""
     options = _options(recipe.rollout_worker)
-    remote = ray.remote(RolloutProcess).options(**options, max_concurrency=2)
+    remote = ray.remote(RolloutProcess).options(**options, max_concurrency=2, scheduling_strategy="SPREAD")
     return remote.remote(name, recipe, str(run_dir), endpoint, store, pools)
 
 
-def start_learners(learner: Learner) -> tuple[list[Any], PlacementGroup]:
-    """Starts a gang's processes in a placement group, packed onto as few nodes as will hold them."""
-    group = placement_group([demand(learner)] * learner.world_size, strategy="PACK")
+def start_learners(learner: Learner, strategy: Strategy, timeout_s: float) -> tuple[list[Any], PlacementGroup]:
+    """Starts a gang's processes in a placement group, having waited for its place."""
+    group = placement_group([demand(learner)] * learner.world_size, strategy=strategy)
+    if not group.wait(ceil(timeout_s)):
+        raise TrainingError(
+            f"the {learner.world_size} ranks of a learner found no place in {timeout_s:g} s",
+            value=f"{demand(learner)} for each rank, {strategy}",
+            do="look at `ray status`: other jobs may use the nodes; or raise supervision.start_timeout_s",
+        )
     remote = ray.remote(LearnerProcess)
     ranks = [
         remote.options(

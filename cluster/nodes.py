@@ -1,27 +1,42 @@
-"""What a run asks of the cluster's nodes, and waiting for those that an autoscaler starts."""
+"""What a run asks of the cluster's nodes, where it goes, and waiting for those that an autoscaler starts."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal, NamedTuple
 
 import ray
 from ray.autoscaler.sdk import request_resources
 
+from cluster.packing import Room, Unit, fits
 from protocol.errors import RecipeError
 from protocol.recipe import Recipe
 from protocol.roles import Placement
 
 POLL_S = 2.0
+OTHERS = ("memory", "object_store_memory", "node:", "accelerator_type:")
+"""Resources of nodes that roles do not ask for."""
+
+Strategy = Literal["STRICT_PACK", "PACK"]
 
 
-def roles(recipe: Recipe) -> list[tuple[Placement, int]]:
-    """Returns each role's placement and how many processes a run starts of it."""
+class Role(NamedTuple):
+    """Processes of one kind: `Role("rollout", placement, 8)`."""
+
+    name: str
+    placement: Placement
+    num: int
+
+
+def roles(recipe: Recipe) -> list[Role]:
+    """Returns every role, gangs of learners first."""
+    names = ["learner", *(f"learner {follower.name}" for follower in recipe.followers)]
     return [
-        *((learner, learner.world_size) for learner in recipe.learners),
-        (recipe.rollout_worker, recipe.rollouts.min),
-        *((reward, reward.replicas) for reward in recipe.scored_rewards),
+        *(Role(name, learner, learner.world_size) for name, learner in zip(names, recipe.learners, strict=True)),
+        Role("rollout", recipe.rollout_worker, recipe.rollouts.min),
+        *(Role(f"reward {reward.label}", reward, reward.replicas) for reward in recipe.scored_rewards),
     ]
 
 
@@ -34,24 +49,33 @@ def demand(placement: Placement) -> dict[str, float]:
 def missing_resources(recipe: Recipe) -> dict[str, tuple[float, float]]:
     """Returns name -> (what the cluster has now, what the roles ask for) of every resource that is short."""
     wanted: defaultdict[str, float] = defaultdict(float)
-    for placement, count in roles(recipe):
+    for _, placement, num in roles(recipe):
         for name, amount in demand(placement).items():
-            wanted[name] += amount * count
+            wanted[name] += amount * num
     have = ray.cluster_resources()
     return {name: (have.get(name, 0.0), need) for name, need in wanted.items() if need > have.get(name, 0.0)}
+
+
+def strategies(recipe: Recipe) -> list[Strategy]:
+    """Returns how the ranks of each gang are placed: all on one node where that leaves a place for everybody else, and
+    otherwise on as few as Ray finds."""
+    rooms, together = _rooms(), list[int]()
+    for gang in range(len(recipe.learners)):
+        if fits(rooms, _units(recipe, {*together, gang})):
+            together.append(gang)
+    return ["STRICT_PACK" if gang in together else "PACK" for gang in range(len(recipe.learners))]
 
 
 def wait_for_nodes(recipe: Recipe, tell: Callable[[str], None]) -> None:
     """Asks the cluster's autoscaler for what the roles need, and returns once all of it is there. Raises RecipeError
     where it is not, and `supervision.node_timeout_s` has passed."""
     deadline = time.monotonic() + recipe.supervision.node_timeout_s
-    if recipe.supervision.node_timeout_s and missing_resources(recipe):
-        bundles = [demand(placement) for placement, count in roles(recipe) for _ in range(count) if demand(placement)]
+    if recipe.supervision.node_timeout_s and not _has_place(recipe):
+        bundles = [demand(placement) for _, placement, num in roles(recipe) for _ in range(num) if demand(placement)]
         request_resources(bundles=bundles)
         try:
-            while (short := missing_resources(recipe)) and time.monotonic() < deadline:
-                told = (f"{name} {have:g} of {need:g}" for name, (have, need) in short.items())
-                tell(f"waiting for nodes: {', '.join(told)}")
+            while not _has_place(recipe) and time.monotonic() < deadline:
+                tell(f"waiting for nodes: {_shortage(recipe)}")
                 time.sleep(POLL_S)
         finally:
             request_resources(bundles=[])  # From here on the actors themselves are the demand.
@@ -60,7 +84,7 @@ def wait_for_nodes(recipe: Recipe, tell: Callable[[str], None]) -> None:
 
 def check_cluster(recipe: Recipe) -> None:
     """Raises RecipeError if the cluster, as it is now, cannot hold the run."""
-    num_nodes = len([node for node in ray.nodes() if node["Alive"]])
+    num_nodes = len(_nodes())
     if num_nodes > 1 and recipe.redis.url is None:
         raise RecipeError(
             "the embedded Redis listens on this machine only, but the cluster has other nodes",
@@ -68,12 +92,60 @@ def check_cluster(recipe: Recipe) -> None:
             expected="a Redis server that every node reaches",
             do="set redis.url=rediss://:password@host:port/0, or redis.url=env:NAME",
         )
-    if short := missing_resources(recipe):
-        asked = {name: need for name, (_, need) in short.items()}
-        there = {name: have for name, (have, _) in short.items()}
+    if not _has_place(recipe):
         raise RecipeError(
-            f"the roles of this recipe ask for {asked} but the cluster has {there}",
-            expected="enough of every resource",
+            f"the cluster cannot hold this recipe: {_shortage(recipe)}\n{asked_and_there(recipe)}\n",
             do="lower rollouts, learner.world_size or num_gpus, start more nodes, or raise supervision.node_timeout_s "
             "where an autoscaler starts them",
         )
+
+
+def asked_and_there(recipe: Recipe) -> str:
+    """Returns a table of what each process of each role asks for, and of what each node has."""
+    asked = [(f"{role.num} x {role.name}", demand(role.placement)) for role in roles(recipe)]
+    there = [(str(node["NodeManagerAddress"]), _amounts(node)) for node in _nodes()]
+    names = list(dict.fromkeys(["CPU", "GPU", *(name for _, has in (*asked, *there) for name in has)]))
+    lines = [["asked, by each", *names], *([who, *_cells(has, names)] for who, has in asked)]
+    lines += [["there, on each node", *[""] * len(names)], *([who, *_cells(has, names)] for who, has in there)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join(
+        f"    {line[0].ljust(widths[0])}  {'  '.join(cells[1:])}".rstrip()
+        for line, cells in zip(lines, padded, strict=True)
+    )
+
+
+def _cells(has: dict[str, float], names: Sequence[str]) -> list[str]:
+    return [f"{has[name]:g}" if name in has else "-" for name in names]
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _amounts(node: dict[str, Any]) -> dict[str, float]:
+    return {name: amount for name, amount in sorted(node["Resources"].items()) if not name.startswith(OTHERS)}
+
+
+def _rooms() -> list[Room]:
+    return [Room.of(_amounts(node)) for node in _nodes()]
+
+
+def _units(recipe: Recipe, together: Collection[int] = ()) -> list[Unit]:
+    """Returns what is to be placed, where the gangs with these numbers are each on one node."""
+    units: list[Unit] = []
+    for number, (_, placement, num) in enumerate(roles(recipe)):
+        processes = [demand(placement)] * num
+        units += [tuple(processes)] if number in together else [(process,) for process in processes]
+    return units
+
+
+def _has_place(recipe: Recipe) -> bool:
+    """A search that is given up is no reason to refuse: Ray may find what we do not."""
+    return not missing_resources(recipe) and fits(_rooms(), _units(recipe)) is not False
+
+
+def _shortage(recipe: Recipe) -> str:
+    short = missing_resources(recipe).items()
+    told = [f"{name} {have:g} of {need:g}" for name, (have, need) in short]
+    return ", ".join(told) or "enough in all, but no node has what the processes on it would take together"

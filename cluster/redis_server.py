@@ -7,12 +7,9 @@
 It listens on one address, wants a password, writes nothing to disk but its log, and refuses writes when full
 instead of evicting. The password reaches it through standard input, so neither `ps` nor the disk shows it.
 
-On Linux the kernel ends the server with its parent (PR_SET_PDEATHSIG). That signal is tied to the *thread*
-that started the server, which may well end before the process does; so a thread of the server's own starts it
-and waits for it. The signal is requested by a few lines of Python that then become the server (exec), since
-code between fork and exec can deadlock in a process with other threads, such as Ray's.
+The server is bound to the thread that starts it (`cluster.bound`); so a thread of its own starts it and waits for it.
 
-SIGTERM stays blocked through that exec: `ray job stop` sends it to the driver and all below it, and the driver still
+SIGTERM stays blocked in it: `ray job stop` sends it to the driver and all below it, and the driver still
 needs the server to have the learners save what they have learnt.
 """
 
@@ -21,14 +18,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import os
 import random
 import re
 import secrets
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -40,6 +35,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from cluster.bound import bound
 from protocol.errors import RedisError
 
 OLDEST_SERVER = (6, 2)
@@ -47,18 +43,6 @@ START_TIMEOUT_S = 20.0
 
 PORTS = range(20000, 30000)
 """Above Ray's worker ports and below the kernel's ephemeral ones; Ray's head listens on 6379."""
-
-_BECOME_SERVER = """
-import ctypes, os, signal, sys
-parent, binary = int(sys.argv[1]), sys.argv[2]
-if sys.platform == "linux":
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the parent died first")
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-os.execv(binary, [binary, "-"])
-"""
 
 
 def find_redis_server() -> Path:
@@ -275,10 +259,9 @@ def _spawn(binary: Path, config: str, log: Path) -> subprocess.Popen[bytes]:
 
 
 def _become_server(binary: Path, config: str, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-I", "-S", "-c", _BECOME_SERVER, str(os.getpid()), str(binary)]
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command,
+            bound([binary, "-"], is_sigterm_blocked=True),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Field, field_validator, model_serializer, model_validator
 
 from protocol.section import Decay, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
@@ -18,11 +18,18 @@ class Placement(Section):
     num_cpus: NonNegativeFloat = 1.0
     """Ray CPUs each process reserves."""
     num_gpus: NonNegativeFloat = 0.0
-    """Ray GPUs each process reserves; above 0 its tensors live on the GPU."""
+    """Ray GPUs each process reserves, such as 0.5 for two on one GPU; above 0 its tensors live on the GPU."""
     resources: dict[str, float] = Field(default={})
     """Custom Ray resources, such as {rollout: 1} on nodes of that type."""
     threads: PositiveInt = 1
     """CPU threads each process computes with. Part of the numerics: 2 threads change last bits."""
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _is_a_part_or_whole(cls, num_gpus: float) -> float:
+        if num_gpus > 1 and num_gpus != int(num_gpus):
+            raise ValueError("num_gpus above 1 must be a whole number: a process has one part of a GPU, or whole ones")
+        return num_gpus
 
 
 class AsIs(Section):

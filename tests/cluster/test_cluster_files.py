@@ -77,7 +77,7 @@ def node_types(name: str) -> tuple[str, Nodes]:
 def cluster_recipes() -> list[str]:
     """Recipes that place their roles."""
     files = sorted((ROOT / "recipes").glob("*.yaml"))
-    return [file.stem for file in files if any(placement.resources for placement, _ in roles(load_recipe(file)))]
+    return [file.stem for file in files if any(placement.resources for _, placement, _ in roles(load_recipe(file)))]
 
 
 def load(recipe: str, cluster: str) -> Recipe:
@@ -178,7 +178,7 @@ def test_every_role_of_a_clusters_recipe_finds_its_place(name: str, recipe: str)
         for resource, amount in settings["resources"].items():
             most[resource] = most.get(resource, 0) + amount * settings["count"]
     wanted: dict[str, float] = {}
-    for placement, count in roles(load(recipe, name)):
+    for _, placement, count in roles(load(recipe, name)):
         asked = demand(placement)
         assert placement.resources, "a role without a resource of its kind may land anywhere"
         fitting = [t for t in types.values() if all(t["resources"].get(r, 0) >= amount for r, amount in asked.items())]

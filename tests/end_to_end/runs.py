@@ -99,13 +99,15 @@ def finished(process: subprocess.CompletedProcess[str], folder: Path) -> Run:
 class Driver:
     """A driver that runs beside the test, so that the test can kill what it started."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str | Path], *, cwd: Path) -> None:
+    def __init__(
+        self, folder: Path, arguments: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str] = {}
+    ) -> None:
         self.folder = folder
         self._log = cwd / f"{folder.name}.log"
         command = [COMMAND, "train", *map(str, arguments), "--run-dir", str(folder)]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                command, cwd=cwd, env=environment({}), stdout=log, stderr=subprocess.STDOUT, text=True
+                command, cwd=cwd, env=environment(env), stdout=log, stderr=subprocess.STDOUT, text=True
             )
 
     def __enter__(self) -> Self:
