@@ -61,7 +61,7 @@ def received_bytes(node_id: str) -> int:
 def test_a_versions_bytes_cross_to_a_node_once_however_many_actors_there_fetch_it(two_nodes: Cluster) -> None:
     def start(cls: type, node: Any, *arguments: Any, **options: Any) -> Any:
         there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
-        return ray.remote(**options)(cls).options(num_cpus=0, scheduling_strategy=there).remote(*arguments)
+        return ray.remote(num_cpus=0, scheduling_strategy=there, **options)(cls).remote(*arguments)
 
     (other,) = two_nodes.worker_nodes
     store = start(WeightStore, two_nodes.head_node, 2, concurrency_groups={HEALTH: 1})
