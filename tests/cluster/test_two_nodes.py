@@ -39,17 +39,6 @@ def test_an_embedded_redis_is_refused_where_other_nodes_could_not_reach_it() -> 
     check_cluster(load_recipe("recipes/tiny_prdp.yaml", ["redis.url=rediss://:x@head:6390"]))
 
 
-class Fetcher:
-    """Gets versions as a rollout actor does."""
-
-    def __init__(self, store: Any) -> None:
-        self._client = StoreClient(store)
-
-    def fetch(self, digest: str) -> int:
-        """Returns how many bytes came."""
-        return len(self._client.fetch(digest) or b"")
-
-
 def received_bytes(node_id: str) -> int:
     """Returns the bytes of all objects that a node's object store has ever made room for."""
     (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
@@ -59,9 +48,19 @@ def received_bytes(node_id: str) -> int:
 
 @pytest.mark.slow
 def test_a_versions_bytes_cross_to_a_node_once_however_many_actors_there_fetch_it(two_nodes: Cluster) -> None:
+    class Fetcher:
+        """Gets versions as a rollout actor does. Within the test, since workers cannot import its module."""
+
+        def __init__(self, store: Any) -> None:
+            self._client = StoreClient(store)
+
+        def fetch(self, digest: str) -> int:
+            """Returns how many bytes came."""
+            return len(self._client.fetch(digest) or b"")
+
     def start(cls: type, node: Any, *arguments: Any, **options: Any) -> Any:
         there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
-        return ray.remote(**options)(cls).options(num_cpus=0, scheduling_strategy=there).remote(*arguments)
+        return ray.remote(num_cpus=0, scheduling_strategy=there, **options)(cls).remote(*arguments)
 
     (other,) = two_nodes.worker_nodes
     store = start(WeightStore, two_nodes.head_node, 2, concurrency_groups={HEALTH: 1})
