@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -106,7 +107,8 @@ def test_rollouts_that_wait_for_nodes_while_others_idle_are_given_back_first() -
 @given(SHARES, SHARES, SHARES, st.integers(1, 40), st.sampled_from(["learner_waits", "tickets_wait", "rollouts_idle"]))
 def test_more_need_never_means_fewer_rollouts(waits: float, queued: float, idle: float, size: int, name: str) -> None:
     seen = Observation(size, 0, waits, queued, idle)
-    more = replace(seen, **{name: 0.0 if name == "rollouts_idle" else 1.0})
+    change: dict[str, Any] = {name: 0.0 if name == "rollouts_idle" else 1.0}
+    more = replace(seen, **change)
     now, then = (decide([each] * ENOUGH, size, FAR).num for each in (seen, more))
     assert then >= now
 

@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from cluster.crew import Crew
-from cluster.pulse import HEALTH, Services
+from cluster.pulse import Services
 from cluster.reward_pools import Pools
 from cluster.run_dir import SCALE_FILE
 from cluster.scaling import WINDOW_S, Scaling, Window
@@ -74,7 +74,6 @@ class SlowReward:
         time.sleep(0.3)
         return Answer([float(os.getpid())] * len(images), True)
 
-    @ray.method(concurrency_group=HEALTH)
     def ping(self) -> None:
         pass
 
@@ -105,7 +104,7 @@ def crew(ray_with_two_places: None) -> Iterator[Crew]:
 
 
 def start_reward(_: Reward, *, is_broken: bool = False) -> Any:
-    return ray.remote(concurrency_groups={HEALTH: 1})(SlowReward).options(num_cpus=0).remote(is_broken=is_broken)
+    return ray.remote(SlowReward).options(num_cpus=0).remote(is_broken=is_broken)
 
 
 @pytest.fixture
@@ -171,7 +170,7 @@ def test_a_reward_actor_that_comes_is_asked_and_looked_after_once_it_has_scored(
     assert not pool.resize("mine", 2)
     assert (pool.size("mine"), scorer.num_replicas, len(services.answers())) == (1, 1, 1)
     wait_for(lambda: pool.look() == [] and pool.size("mine") == 2)
-    assert (scorer.num_replicas, services.answers().keys()) == (2, {"reward/mine/0", "reward/mine/1"})
+    assert (scorer.num_replicas, set(services.answers())) == (2, {"reward/mine/0", "reward/mine/1"})
     pending = [scorer(IMAGES, "p", f"000000-{index:04d}") for index in range(4)]
     assert len({scores.result()["mine"][0] for scores in pending}) == 2
 
