@@ -4,7 +4,7 @@
     a rollout actor   weights, autoencoder, what passes through either for a group
     beside them       Redis, the weight store, the first rank's checkpoint
 
-Weights and the optimizer's state are exact; activations are known to `activations.MARGIN`. Rewards' own models are not
+Weights are exact; activations and what an optimizer step makes are known to `activations.MARGIN`. Rewards' own models are not
 counted. On a CPU all of it is main memory; on a GPU the rest of a process stays in main memory.
 """
 
@@ -121,14 +121,14 @@ def _learner_rank(recipe: Recipe, files: ModelFiles, role: str) -> Process:
     items = [
         *_denoiser(recipe, files, learner),
         Item("text encoders", width * files.num_text, "device", HALVE),
-        *_optimizer(learner, trained),
+        *optimizer_items(learner, trained),
         *_of_a_round(recipe, shape_CHW),
         _encodings(recipe, files, recipe.batch.num_groups // learner.world_size),
         Item("this process", PROCESS_BYTES, "host", "lower learner.world_size"),
         Item("versions kept", (_num_versions(recipe) + 1) * width * trained, "host", "lower lag"),
     ]
     activations = _of_micro_batch(recipe, files)
-    step = _step_bytes(learner, trained)
+    step = step_bytes(learner, trained)
     if learner.offload_optimizer:
         items.append(Item(STEP, step, "host", SHARD))
     else:
@@ -152,7 +152,7 @@ def _denoiser(recipe: Recipe, files: ModelFiles, learner: Learner) -> Iterator[I
         yield Item("the frozen reference", width * files.num_denoiser, "device", ADAPT)
 
 
-def _optimizer(learner: Learner, trained: int) -> Iterator[Item]:
+def optimizer_items(learner: Learner, trained: int) -> Iterator[Item]:
     """AdamW as DeepSpeed shards it: fp32 all of it, but for gradients on their way."""
     stage, is_bf16, width = learner.sharded_stage, learner.precision == "bf16", 2 if learner.precision == "bf16" else 4
     part = trained // learner.world_size if stage else trained
@@ -169,7 +169,7 @@ def _optimizer(learner: Learner, trained: int) -> Iterator[Item]:
         yield Item("DeepSpeed's bucket of gradients", width * BUCKET_ENTRIES, "device", "set learner.zero_stage=1")
 
 
-def _step_bytes(learner: Learner, trained: int) -> int:
+def step_bytes(learner: Learner, trained: int) -> int:
     """What AdamW's step makes, in all of this rank's part at once: the denominator; sharded and in bf16, or in stage 3,
     a flat copy of the gradients; offloaded, one more on its way back."""
     if learner.sharded_stage == 0:
