@@ -4,8 +4,8 @@
     a rollout actor   weights, autoencoder, what passes through either for a group
     beside them       Redis, the weight store, the first rank's checkpoint
 
-Weights are exact; activations and what an optimizer step makes are known to `activations.MARGIN`. Rewards' own models are not
-counted. On a CPU all of it is main memory; on a GPU the rest of a process stays in main memory.
+Weights are exact; activations and what an optimizer step makes are known to `activations.MARGIN`. Rewards' own models
+are not counted. On a CPU all of it is main memory; on a GPU the rest of a process stays in main memory.
 """
 
 from __future__ import annotations
@@ -182,10 +182,25 @@ def _of_micro_batch(recipe: Recipe, files: ModelFiles) -> Item:
     learner = recipe.learner
     held = _activations(files, full=isinstance(recipe.model.trainable, Full))
     on_trajectories = recipe.algorithm.content == "trajectories"
-    num_latents = learner.micro_batch_size * (recipe.sampler.num_branches if on_trajectories else 1)
+    num_items = min(learner.micro_batch_size, _num_items(recipe))
+    num_latents = num_items * (recipe.sampler.num_branches if on_trajectories else 1)
     entries = held.checkpointed if learner.gradient_checkpointing else held.kept
     name = f"activations of {num_latents} latents"
     return Item(name, _width(recipe) * entries * num_latents, "device", LOWER_BATCH)
+
+
+def _num_items(recipe: Recipe) -> int:
+    """Returns at most how many latents a pass of a rank has, less than a micro-batch where rounds are small."""
+    algorithm, group_size = recipe.algorithm, recipe.batch.group_size
+    if algorithm.content == "trajectories":
+        of_a_group = group_size * recipe.sampler.num_scored_steps * (2 if isinstance(algorithm, SpinExact) else 1)
+    elif isinstance(algorithm, SharpeningSft | SharpeningRlhf):
+        of_a_group = group_size * algorithm.excursion.num_states
+    else:
+        # All pairs of siblings, or of a real image with each.
+        of_a_group = group_size * (group_size + 1)
+    num_groups = recipe.batch.num_groups // recipe.learner.world_size // algorithm.inner_minibatches
+    return num_groups * of_a_group
 
 
 def _activations(files: ModelFiles, *, full: bool) -> Activations:
