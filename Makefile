@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow check bench install install-test clean
+.PHONY: demo test test-slow check bench wheel install install-test clean
 
 demo: install
 	$(BIN)/sfumato train recipes/tiny_prdp.yaml --run-dir $(RUN)
@@ -30,6 +30,13 @@ check: install-test
 
 bench: install-test
 	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.scale
+
+# What cluster/*.yaml install on every machine.
+wheel: install
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	cp constraints.txt dist/
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
@@ -45,4 +52,4 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -118,14 +118,14 @@ class GroupMaker:
             ticket.seeds_G,
             x0_GCHW,
             algorithm.excursion,
-            num_train_timesteps=len(policy.alpha_bar),
+            num_train_timesteps=len(policy.process),
             own_noise_GCHW=own_noise_GCHW,
         )
         visited = excursion(self._chain, ticket.prompt, ticket.seeds_G, start, algorithm.excursion, after_step)
         on_path = algorithm.select_on != "final_x0"
         images = policy.decode(visited.x0hat_GMCHW.flatten(0, 1) if on_path else x0_GCHW)
         arrays = {
-            "noise_GCHW": start.noise_GCHW.to(self._chain.wire_dtype).numpy(),
+            "target_GCHW": policy.process.target(start.noise_GCHW, start.x0_GCHW).to(self._chain.wire_dtype).numpy(),
             "states_GMCHW": visited.states_GMCHW.numpy(),
             "state_timestep_M": visited.timestep_M.numpy(),
         }

@@ -12,11 +12,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from actors.rollout import Rollout, Sampled
 from protocol.errors import RedisError
 from protocol.recipe import Recipe
 from protocol.stream import Claim, Streams
+
+if TYPE_CHECKING:  # The loop itself needs no model, nor torch.
+    from actors.rollout import Rollout, Sampled
 
 POLL_S = 0.02
 TAKE_BLOCK_S = 1.0

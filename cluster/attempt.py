@@ -25,9 +25,9 @@ from cluster.scoring import explain
 from cluster.sources import held_out_prompts
 from learner.checkpoint import drop_newer, latest_checkpoint, newest_common
 from learner.company import Company, role_of
-from protocol.derived import image_size
+from protocol.derived import facts_of
 from protocol.errors import RedisError, SfumatoError, TrainingError
-from protocol.paths import model_source, spread
+from protocol.paths import spread
 from protocol.recipe import Recipe
 from protocol.roles import Reward
 from protocol.stream import Streams
@@ -172,7 +172,8 @@ class Attempt:
 
     def _wait_until_built(self, refs: list[Any]) -> None:
         """Also tries every reward once: one that cannot score is refused before anything is sampled."""
-        size = image_size(model_source(self._recipe.model.path)) or USUAL_IMAGE_SIZE
+        facts = facts_of(self._recipe)
+        size = facts.image_side if facts else USUAL_IMAGE_SIZE
         prompts = self._plan.sources[0].prompts[:1]
         probes = {
             actor.probe.remote(prompts, size): (pool.settings, actor) for pool in self._pools for actor in pool.actors
@@ -299,7 +300,7 @@ class Attempt:
     def _draw_grid(self, round_: int) -> None:
         """Samples the same prompts and seeds before and after, for people to look at."""
         found = latest_checkpoint(self._run_dir.path)
-        data = found.version_bytes(round_) if round_ and found else None
+        data = found.result_bytes() if round_ and found else None
         wanted = self._recipe.evaluation.grid_prompts
         prompts = spread(held_out_prompts(self._recipe, self._run_dir.path) or self._plan.sources[0].prompts, wanted)
         self._tell("drawing samples")

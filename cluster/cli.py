@@ -17,6 +17,7 @@ from protocol.errors import RecipeError, SfumatoError
 if TYPE_CHECKING:
     from protocol.recipe import Recipe
 
+LIVE_HELP = "the weights as last trained, where the run also keeps their moving average (learner.ema)"
 EXIT_OURS, EXIT_UNEXPECTED, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 1, 130, 143
 DEBUG_HELP = "show tracebacks and the logs of all processes"
 
@@ -83,7 +84,9 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command = commands.add_parser("train", help="run a recipe")
     command.add_argument("recipe", metavar="RECIPE", type=Path, help="a YAML file, such as recipes/tiny_prdp.yaml")
     command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
-    command.add_argument("--run-dir", type=Path, help="where the run is kept; default runs/<recipe>-<time>")
+    command.add_argument(
+        "--run-dir", type=Path, help="where the run is kept; default <recipe>-<time> in $SFUMATO_RUNS or runs/"
+    )
     command.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
     command.add_argument(
         "--dry-run", action="store_true", help="check everything, print every derived number, start nothing"
@@ -107,6 +110,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--prompts", help="a set of prompts, named as in a recipe; default: those that the run holds out"
     )
     command.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
+    command.add_argument("--live", action="store_true", help=LIVE_HELP)
     command.set_defaults(command=_evaluate)
     return command
 
@@ -120,6 +124,7 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
     command.add_argument("--num-steps", type=int, help="denoising steps; default: the recipe's, or 50")
     command.add_argument("--guidance-scale", type=float, help="guidance; default: the recipe's, or 1")
+    command.add_argument("--live", action="store_true", help=LIVE_HELP)
     command.set_defaults(command=_sample)
     return command
 
@@ -137,6 +142,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument(
         "--evaluation", type=Path, metavar="JSON", help="what `evaluate --json` wrote; default: RUN/evaluation.json"
     )
+    command.add_argument("--live", action="store_true", help=LIVE_HELP)
     command.set_defaults(command=_export)
     return command
 
@@ -225,8 +231,10 @@ def _start(recipe: Recipe, options: argparse.Namespace) -> None:
     from cluster.memory import check_here, peak_numbers
     from cluster.progress import display
     from cluster.run_dir import RunDir
+    from protocol.base_model import pinned
     from rewards.loading import pins_of, resolve
 
+    recipe = pinned(recipe)
     for reward in (*recipe.scored_rewards, *recipe.evaluation.rewards):
         # What needs an environment of its own cannot be imported here; its actor is tried before anything is sampled.
         if not pins_of(reward):
@@ -263,7 +271,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise RecipeError(f"the folder {folder} of --json does not exist", do="make it, or correct --json")
     from cluster.evaluate import evaluate_run, print_table, write_json
 
-    result = evaluate_run(options.run, options.prompts)
+    result = evaluate_run(options.run, options.prompts, live=options.live)
     print_table(result)
     if options.json:
         write_json(result, options.json)
@@ -280,6 +288,7 @@ def _sample(options: argparse.Namespace) -> None:
         seed=options.seed,
         num_steps=options.num_steps,
         guidance_scale=options.guidance_scale,
+        live=options.live,
     )
     print(options.out)
 
@@ -294,6 +303,7 @@ def _export(options: argparse.Namespace) -> None:
             version=options.version,
             form=options.form,
             evaluation_file=options.evaluation,
+            live=options.live,
         )
     )
 

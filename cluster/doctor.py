@@ -21,6 +21,7 @@ from cluster.finding import Finding, guarded
 from protocol import __version__
 from protocol.derived import check_before_start
 from protocol.errors import ModelError, RecipeError, SfumatoError
+from protocol.models import check_family, predicts_flow
 from protocol.paths import model_source
 from protocol.recipe import Recipe
 from protocol.recipe_file import apply_override, load_recipe, parse_recipe
@@ -33,6 +34,9 @@ USUAL = {
     "prompts": {"train": "assets/prompts_train.txt"},
 }
 """What a model without a recipe is examined with: PRDP's window on Stable Diffusion 1.4 (arXiv 2402.08714)."""
+
+FLOW_SAMPLER = {"kernel": "flow_grpo", "eta": 0.7}
+"""What a flow-matching model is examined with: Flow-GRPO's SDE (arXiv 2505.05470)."""
 
 RUN_FOLDER = Path("runs")
 
@@ -110,7 +114,7 @@ def _recipe_of(subject: str | None, overrides: Sequence[str]) -> Recipe | None:
     if Path(subject).suffix in (".yaml", ".yml"):
         return load_recipe(subject, overrides)
     try:
-        model_source(subject)
+        source = model_source(subject)
     except ModelError as error:
         raise RecipeError(
             "this is neither a recipe nor a model",
@@ -118,9 +122,24 @@ def _recipe_of(subject: str | None, overrides: Sequence[str]) -> Recipe | None:
             expected="a YAML file, a model folder in diffusers layout, a hub id, or `embedded`",
         ) from error
     document = {**copy.deepcopy(USUAL), "model": {"path": subject}}
+    if _is_flow(source):
+        document["sampler"] = {**FLOW_SAMPLER}
     for override in overrides:
         apply_override(document, override)
     return parse_recipe(document, source=f"doctor's usual recipe for {subject}")
+
+
+def _is_flow(source: str) -> bool:
+    """Reads no more of a model than its index. What cannot be read, or is not supported, becomes a finding later."""
+    try:
+        index = Path(source) / "model_index.json"
+        if not index.is_file():
+            from huggingface_hub import hf_hub_download
+
+            index = Path(hf_hub_download(source, index.name))
+        return predicts_flow(check_family(json.loads(index.read_text()).get("_class_name"), source))
+    except Exception:  # the hub raises many types
+        return False
 
 
 def _check_recipe(recipe: Recipe) -> Finding:

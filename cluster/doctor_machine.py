@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,30 +123,33 @@ def check_nccl(facts: TorchFacts, recipe: Recipe | None) -> Finding:
 def check_redis_server(recipe: Recipe | None) -> Finding:
     """The recipe's server answers and is fit, or one of our own can be started."""
     from cluster.redis_server import RedisServer
-    from protocol.stream import connect, redacted_url
+    from protocol.stream import connect, redacted_url, server_facts, url_of
 
     try:
         if recipe is not None and recipe.redis.url is not None:
             from cluster.driver import check_redis
 
             check_redis(recipe)
-            client, where = connect(recipe.redis.url, timeout_s=recipe.redis.timeout_s), redacted_url(recipe.redis.url)
-            return _describe_redis(client.info(), where)
+            url = url_of(recipe.redis.url)
+            with connect(url, timeout_s=recipe.redis.timeout_s) as client:
+                return _describe_redis(server_facts(client), redacted_url(url))
         with (
             tempfile.TemporaryDirectory() as folder,
             RedisServer(Path(folder)) as server,
             connect(server.url, timeout_s=10.0) as client,
         ):
-            return _describe_redis(client.info(), "our own, started and ended")
+            return _describe_redis(server_facts(client), "our own, started and ended")
     except RedisError as error:
         return Finding("Redis", "error", str(error), do="see above")
 
 
-def _describe_redis(info: Any, where: str) -> Finding:
-    limit, policy = int(info["maxmemory"]), str(info["maxmemory_policy"])
-    found = f"{info['redis_version']} ({where}), {policy}, "
-    found += f"maxmemory {limit / GIB:.2f} GiB" if limit else "no memory limit"
-    if policy != "noeviction":
+def _describe_redis(servers: Sequence[Any], where: str) -> Finding:
+    limits = [limit for facts in servers if (limit := int(facts["maxmemory"]))]
+    policies = {str(facts["maxmemory_policy"]) for facts in servers}
+    many = f"{len(servers)} servers, " if len(servers) > 1 else ""
+    found = f"{servers[0]['redis_version']} ({where}), {many}{', '.join(sorted(policies))}, "
+    found += f"maxmemory {min(limits) / GIB:.2f} GiB" if limits else "no memory limit"
+    if policies != {"noeviction"}:
         return Finding("Redis", "warning", found, do="run CONFIG SET maxmemory-policy noeviction on the server")
     return Finding("Redis", "ok", found)
 

@@ -1,6 +1,6 @@
 """What `sfumato doctor` says of a model: does the sampler agree with diffusers, and the learner with the sampler?
 
-    against diffusers    scheduler's steps, the last step's rule, noise predictions with guidance and without
+    against diffusers    see `doctor_diffusers`
     sampler and learner  log-probabilities stored and computed again, as a round's parity check does
     what moves them      another dtype, another batch, adapters fused into the weights
 
@@ -12,15 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.doctor_diffusers import USUAL_PROMPTS, check_against_diffusers, check_guidance_one
 from cluster.finding import Finding, Verdict, guarded
 from diffusion.chain import Chain
-from diffusion.kernels import transition
 from diffusion.noise import normal
 from diffusion.policy import Policy
 from learner.batching import RoundBatch, items_where, micro_batches, stack_groups
@@ -33,20 +32,8 @@ from protocol.prompt_sets import make_lists
 from protocol.recipe import Lora, Recipe
 from protocol.seeds import Purpose, derive_seed
 
-if TYPE_CHECKING:
-    # At run time diffusers must not be imported before our own package has silenced transformers.
-    from cluster.doctor_reference import PlainPipeline
-
-USUAL_PROMPTS = ("a red seven on a blue ground", "a photograph of a lighthouse at dusk")
-USUAL_GUIDANCE = 5.0
-NUM_PROMPTS, MAX_SIBLINGS, MAX_SCORED_STEPS, PLAIN_STEPS = 2, 4, 6, 3
-"""What is examined, at most: two groups of four siblings, six of their steps, three steps of the plain pipeline."""
-
-TABLE_LIMIT = 1e-4
-"""Share of the largest entry; diffusers has its constants in fp32."""
-
-OUTPUT_LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-"""Share of a prediction's largest entry, by compute dtype: kernels may differ with the shape of a batch."""
+NUM_PROMPTS, MAX_SIBLINGS, MAX_SCORED_STEPS = 2, 4, 6
+"""What is examined, at most: two groups of four siblings, six of their steps."""
 
 ADAPTER_SPREAD = 0.02
 """Standard deviation of what is added to adapters, which start as nothing, to have something to fuse."""
@@ -112,7 +99,7 @@ def _model_findings(recipe: Recipe, device: str, learner_device: str) -> Iterato
     chain = Chain(policy, sampled.sampler)
     kind = f"{policy.prediction_type}, latents {policy.latent_shape_CHW}, {policy.dtype} on {device}"
     yield Finding("base model", "ok", f"{recipe.model.path}: {kind}, digest {policy.base_digest[:16]}")
-    yield from guarded("diffusers", lambda: check_against_diffusers(chain, source))
+    yield from guarded("diffusers", lambda: check_against_diffusers(chain, source, recipe.model.lora))
     yield from guarded("guidance 1", lambda: [check_guidance_one(chain)])
     groups = draw_groups(sampled, chain)
     torch.set_num_threads(recipe.learner.threads)
@@ -159,132 +146,6 @@ def _group(index: int, prompt: str, chain: Chain, arrays: dict[str, np.ndarray])
     )
 
 
-def check_against_diffusers(chain: Chain, source: str) -> Iterator[Finding]:
-    """Loads the model a second time, as a plain pipeline."""
-    from cluster.doctor_reference import PlainPipeline
-
-    pipeline = PlainPipeline(source, chain.policy.dtype, str(chain.policy.device))
-    yield from check_tables(chain, pipeline)
-    yield from check_predictions(chain, pipeline)
-
-
-def check_tables(chain: Chain, pipeline: PlainPipeline) -> Iterator[Finding]:
-    """Our steps against those of diffusers' scheduler, from the same states, network outputs and noise."""
-    from cluster.doctor_reference import plain_steps
-
-    policy, sampler, seed = chain.policy, chain.sampler, 1
-    shape = (2, *policy.latent_shape_CHW)
-    state_NCHW, output_NCHW = normal(seed, shape), normal(seed + 1, shape)
-    theirs = plain_steps(pipeline.scheduler_config, sampler, state_NCHW, output_NCHW, seed)
-    if theirs.timestep_T.tolist() != chain.schedule.timestep_N.tolist():
-        found = f"ours {chain.schedule.timestep_N.tolist()}, diffusers' {theirs.timestep_T.tolist()}"
-        do = "set steps_offset to 1 in scheduler_config.json, which the pipeline does by itself"
-        yield Finding("scheduler tables", "error", f"other timesteps: {found}", do=do)
-        return
-    ours_TNCHW = torch.stack(
-        [
-            transition(
-                state_NCHW,
-                output_NCHW,
-                chain.schedule.to(torch.device("cpu")).at(torch.full((2,), step)),
-                prediction_type=policy.prediction_type,
-                noise_NCHW=normal(seed + step, shape),
-            ).next_state_NCHW
-            for step in range(len(chain.schedule))
-        ]
-    )
-    gap_T = _shares(ours_TNCHW, theirs.next_TNCHW)
-    yield _judge_tables(gap_T[:-1], theirs.to_next_T[:-1], theirs.config)
-    yield _judge_last_step(chain, float(gap_T[-1]), bool(theirs.to_next_T[-1]), theirs.config)
-
-
-def _judge_tables(gap_T: Tensor, to_next_T: Tensor, config: dict[str, object]) -> Finding:
-    name, num_steps = "scheduler tables", len(gap_T)
-    worst = float(gap_T[to_next_T].max()) if to_next_T.any() else 0.0
-    found = f"steps differ from diffusers' {config['_class_name']} by {worst:.1g} of the largest entry"
-    if not worst <= TABLE_LIMIT:
-        do = "set clip_sample, thresholding and rescale_betas_zero_snr to false in scheduler_config.json: a clipped "
-        do += "step has no such density; a variance_type other than fixed_small has another one"
-        return Finding(name, "error", f"{found}: {_unusual(config)}", do=do, number=worst, limit=TABLE_LIMIT)
-    if not to_next_T.all():
-        found += f"; {int((~to_next_T).sum())} of {num_steps} were left out, since diffusers steps by a rounded stride "
-        found += "and not to its own next timestep, as we do"
-        do = "choose a sampler.num_steps that divides 1000, if other tools' images at the same seed are to be equal"
-        return Finding(name, "warning", found, do=do, number=worst, limit=TABLE_LIMIT)
-    return Finding(name, "ok", found, number=worst, limit=TABLE_LIMIT)
-
-
-def _unusual(config: dict[str, object]) -> str:
-    """Returns the settings that make a step something else than a linear function of state and network output."""
-    settings = ("clip_sample", "thresholding", "rescale_betas_zero_snr", "variance_type", "timestep_spacing")
-    return ", ".join(f"{name} {config[name]}" for name in settings if name in config)
-
-
-def _judge_last_step(chain: Chain, gap: float, to_end: bool, config: dict[str, object]) -> Finding:
-    name, sampler, schedule = "last step", chain.sampler, chain.schedule
-    rule, num_scored = sampler.last_step, int(schedule.scored_N.sum())
-    landing = "on the clean latent, without a density" if rule == "unscored" else "at timestep 0, with one"
-    found = f"{rule}: it ends {landing}; {num_scored} of {len(schedule)} steps are scored"
-    if num_scored != sampler.num_scored_steps:
-        found += f", where the recipe counts {sampler.num_scored_steps}"
-        return Finding(name, "error", found, do="please report this model and recipe")
-    if sampler.kernel == "ddpm" and rule == "clamp":
-        return Finding(name, "ok", f"{found}; diffusers' DDPM scheduler has no such rule to compare with")
-    if not to_end:
-        found += f"; diffusers' own would stop above timestep 0 ({config['timestep_spacing']} spacing)"
-        return Finding(name, "ok", found)
-    found += f"; it differs from diffusers' by {gap:.1g} of the largest entry"
-    if not gap <= TABLE_LIMIT:
-        return Finding(name, "error", found, do="as for the scheduler's tables", number=gap, limit=TABLE_LIMIT)
-    return Finding(name, "ok", found, number=gap, limit=TABLE_LIMIT)
-
-
-def check_predictions(chain: Chain, pipeline: PlainPipeline) -> Iterator[Finding]:
-    """Network outputs that the plain pipeline gives its scheduler, against ours at the same states."""
-    policy = chain.policy
-    guided = chain.sampler.guidance_scale if chain.sampler.guidance_scale > 1 else USUAL_GUIDANCE
-    prompt, noise_CHW = USUAL_PROMPTS[0], normal(3, policy.latent_shape_CHW)
-    for name, scale in (("unguided", 1.0), ("guided", guided)):
-        run = pipeline.run(prompt, noise_CHW, PLAIN_STEPS, scale)
-        gap = float(_shares(predictions(policy, prompt, run.state_TCHW, run.timestep_T, scale), run.output_TCHW).max())
-        limit = OUTPUT_LIMITS[policy.dtype]
-        found = f"guidance {scale:g}: differs from {pipeline.name}'s by {gap:.1g} of the largest entry"
-        do = "compare text encoders, tokenizers and the model's files with the original's; diffusers must load it alike"
-        verdict: Verdict = "ok" if gap <= limit else "error"
-        yield Finding(f"noise prediction, {name}", verdict, found, "" if gap <= limit else do, gap, limit)
-
-
-@torch.no_grad()
-def predictions(policy: Policy, prompt: str, state_TCHW: Tensor, timestep_T: Tensor, guidance_scale: float) -> Tensor:
-    """Returns our guided outputs at T states, one by one as the pipeline has them, (T, C, H, W) on the CPU."""
-    outputs = [
-        policy.predict(
-            policy.denoiser,
-            state_CHW[None].to(policy.device),
-            timestep[None].to(policy.device),
-            policy.condition([prompt]),
-            guidance_scale,
-        )
-        for state_CHW, timestep in zip(state_TCHW, timestep_T, strict=True)
-    ]
-    return torch.cat(outputs).cpu()
-
-
-def check_guidance_one(chain: Chain) -> Finding:
-    """With guidance 1 one branch is evaluated; just above 1 there are two, and all must come to the same."""
-    policy, name = chain.policy, "guidance 1"
-    timestep_T = chain.schedule.timestep_N[:: max(1, len(chain.schedule) // PLAIN_STEPS)].cpu()
-    state_TCHW = normal(4, (len(timestep_T), *policy.latent_shape_CHW))
-    one, two = (
-        predictions(policy, USUAL_PROMPTS[1], state_TCHW, timestep_T, scale) for scale in (1.0, math.nextafter(1.0, 2))
-    )
-    gap, limit = float(_shares(two, one).max()), OUTPUT_LIMITS[policy.dtype]
-    found = f"one branch and two differ by {gap:.1g} of the largest entry"
-    if not gap <= limit:
-        return Finding(name, "error", found, do="please report this model", number=gap, limit=limit)
-    return Finding(name, "ok", found, number=gap, limit=limit)
-
-
 def check_log_probabilities(patient: Patient) -> Finding:
     """What a round's parity check compares: stored by the sampler, computed again by the learner."""
     gap_N = patient.gap(patient.scores(patient.recipe.learner.micro_batch_size), patient.stored())
@@ -306,7 +167,7 @@ def check_batch_size(patient: Patient) -> Finding:
 def check_dtype(patient: Patient) -> Finding:
     """What a rollout in another dtype than the learner's would do. In a run both have the recipe's."""
     recipe, own = patient.recipe, patient.recipe.learner.precision
-    other = "fp32" if own == "bf16" else "bf16"
+    other = "bf16" if own == "fp32" else "fp32"
     changed = recipe.model_copy(update={"learner": recipe.learner.model_copy(update={"precision": other})})
     policy = Policy.from_recipe(changed, patient.chain.policy.device, with_decoder=False)
     size = patient.batch.log_prob_PGT.shape[1]
@@ -317,8 +178,8 @@ def check_dtype(patient: Patient) -> Finding:
         # One learner.precision serves rollouts and learner, and fp32 is the exact one.
         found += "; more than the tolerance, so one dtype must serve both sides, as it does" * (largest > patient.limit)
         return Finding("dtype", "ok", found, number=largest)
-    do = "rounding to bf16 is as large as the window, so all that differs between rollouts and learner (device, batch, "
-    do += "kernel) shows: set learner.precision=fp32, or widen the window"
+    do = f"rounding to {own} is as large as the window, so all that differs between rollouts and learner (device, "
+    do += "batch, kernel) shows: set learner.precision=fp32, or widen the window"
     return _judge(patient, "dtype", found, gap_N, do)
 
 
@@ -361,11 +222,6 @@ def _judge(patient: Patient, name: str, found: str, gap_N: Tensor, do: str, wors
 
 def _told(gap_N: Tensor) -> str:
     return f"{gap_N.max():.2g} at most, {gap_N.mean():.2g} on average (latent_mean)"
-
-
-def _shares(ours_TX: Tensor, theirs_TX: Tensor) -> Tensor:
-    """Returns the largest difference of each of T entries, as a share of its own largest value, (T,)."""
-    return (ours_TX - theirs_TX).abs().flatten(1).amax(1) / theirs_TX.abs().flatten(1).amax(1)
 
 
 def _num_siblings(recipe: Recipe) -> int:

@@ -17,8 +17,8 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack
+from math import ceil
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -26,6 +26,7 @@ from cluster import launch
 from cluster.attempt import Attempt, LearnerLostError, Show, Status
 from cluster.environments import prepare
 from cluster.memory import check_nodes
+from cluster.nodes import wait_for_nodes
 from cluster.redis_server import ForeignRedis, RedisKeeper, RedisServer
 from cluster.run_dir import RunDir
 from cluster.signals import interrupt_on_sigterm
@@ -33,9 +34,8 @@ from cluster.sources import prepare_sources, read_plan
 from learner.checkpoint import latest_checkpoint
 from protocol.derived import MIN_REDIS_BYTES, in_flight_bytes, latent_shape, redis_bytes
 from protocol.errors import RedisError, TrainingError
-from protocol.paths import model_source
 from protocol.recipe import Recipe
-from protocol.stream import connect
+from protocol.stream import connect, server_facts, url_of
 
 
 class Driver:
@@ -55,7 +55,7 @@ class Driver:
             launch.connect_ray(self._recipe, debug=self._debug)
             interrupt_on_sigterm()
             stack.callback(ray.shutdown)
-            launch.check_cluster(self._recipe)
+            wait_for_nodes(self._recipe, self._tell)
             if os.environ.get("RAY_ADDRESS"):
                 check_nodes(self._recipe, self._tell)
             while True:
@@ -92,31 +92,37 @@ class Driver:
     def _redis(self, stack: ExitStack) -> tuple[str, RedisKeeper]:
         """Returns the URL of the recipe's server, checked, or that of an embedded one that lives as long as we,
         and what starts that again should it die or hang: it comes back empty, and what it held is made again."""
-        redis, shape_CHW = self._recipe.redis, latent_shape(model_source(self._recipe.model.path))
+        redis, shape_CHW = self._recipe.redis, latent_shape(self._recipe)
         if redis.url is None:
             maxmemory = redis_bytes(self._recipe, shape_CHW) if shape_CHW else redis.maxmemory_bytes
             server = stack.enter_context(RedisServer(log_dir=self._run_dir.path, maxmemory_bytes=maxmemory))
             return server.url, server
         check_redis(self._recipe)
-        return redis.url, ForeignRedis()
+        return url_of(redis.url), ForeignRedis()
 
 
 def check_redis(recipe: Recipe) -> None:
-    """Raises RedisError unless the recipe's own server answers and can hold what may be in flight."""
+    """Raises RedisError unless the recipe's own server or cluster answers and can hold what may be in flight."""
     if recipe.redis.url is None:
         return
-    info: Any = connect(recipe.redis.url, timeout_s=recipe.redis.timeout_s).info("memory")
-    shape_CHW = latent_shape(model_source(recipe.model.path))
-    needed = in_flight_bytes(recipe, shape_CHW) + MIN_REDIS_BYTES // 4 if shape_CHW else 0
-    if 0 < info["maxmemory"] < needed:
+    with connect(url_of(recipe.redis.url), timeout_s=recipe.redis.timeout_s) as client:
+        servers = server_facts(client)
+    limits = [limit for facts in servers if (limit := facts["maxmemory"])]
+    shape_CHW = latent_shape(recipe)
+    if not limits or not shape_CHW:
+        return
+    # Each server holds its shards, and shards are dealt evenly.
+    share = ceil(recipe.num_shards / len(servers)) / recipe.num_shards
+    needed = ceil(in_flight_bytes(recipe, shape_CHW) * share) + MIN_REDIS_BYTES // 4
+    if min(limits) < needed:
         raise RedisError(
             "the Redis server is too small for what may be in flight",
-            value=f"maxmemory {info['maxmemory']}",
-            expected=f"at least {needed} bytes: lag + 1 rounds and the server's own needs",
-            do="raise its maxmemory, or lower lag, batch or sampler.num_steps",
+            value=f"maxmemory {min(limits)}",
+            expected=f"at least {needed} bytes: its share of lag + 1 rounds and the server's own needs",
+            do="raise its maxmemory, lower lag, batch or sampler.num_steps, or add servers and redis.num_shards",
         )
 
 
 def default_run_dir(recipe_path: Path) -> Path:
-    """Returns runs/<recipe>-<time> in the working directory."""
-    return Path("runs") / f"{recipe_path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Returns <recipe>-<time> in $SFUMATO_RUNS, or in runs/ in the working directory."""
+    return Path(os.environ.get("SFUMATO_RUNS") or "runs") / f"{recipe_path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -22,7 +22,7 @@ from cluster.sources import held_out_prompts, read_prompt_set
 from diffusion.chain import Chain
 from diffusion.policy import Policy
 from diffusion.weights import unpack
-from learner.checkpoint import latest_checkpoint
+from learner.checkpoint import Weights, latest_checkpoint
 from protocol.errors import RecipeError, RunDirError
 from protocol.paths import spread
 from protocol.recipe import Recipe
@@ -41,7 +41,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation; `rewards["mean"]` is the weighted sum that was trained on."""
+    """The result of an evaluation; `rewards["mean"]` is the weighted sum that was trained on. `weights` are the moving
+    average of those trained, or these themselves, live."""
 
     run: str
     version: int
@@ -50,11 +51,12 @@ class Evaluation:
     images_per_prompt: int
     seed: int
     rewards: dict[str, Comparison]
+    weights: Weights = "live"
 
 
-def evaluate_run(run_dir: Path, prompts_name: str | None) -> Evaluation:
+def evaluate_run(run_dir: Path, prompts_name: str | None, *, live: bool = False) -> Evaluation:
     """Draws and scores the same images with base and newest checkpointed weights, on a set of prompts that is named as
-    in a recipe, or on those that the run holds out."""
+    in a recipe, or on those that the run holds out. `live` leaves the weights' moving average aside."""
     recipe = read_recipe(run_dir)
     settings = recipe.evaluation
     every = read_prompt_set(prompts_name) if prompts_name else held_out_prompts(recipe, home_of(run_dir))
@@ -70,7 +72,7 @@ def evaluate_run(run_dir: Path, prompts_name: str | None) -> Evaluation:
     with open_scorer(recipe) as score:
         # A policy as loaded computes what the base does: its adapters start as zero.
         base = score_prompts(chain, prompts, settings.images_per_prompt, settings.seed, score)
-        policy.load_trainable_state(unpack(found.version_bytes(found.meta.round)))
+        policy.load_trainable_state(unpack(found.result_bytes(live=live)))
         tuned = score_prompts(chain, prompts, settings.images_per_prompt, settings.seed, score)
     return Evaluation(
         str(run_dir),
@@ -80,6 +82,7 @@ def evaluate_run(run_dir: Path, prompts_name: str | None) -> Evaluation:
         settings.images_per_prompt,
         settings.seed,
         {label: compare(base[label], tuned[label]) for label in base},
+        found.meta.result(live=live),
     )
 
 
@@ -107,11 +110,12 @@ def compare(base_PN: np.ndarray, tuned_PN: np.ndarray) -> Comparison:
 def print_table(result: Evaluation) -> None:
     """Prints one row a reward: means with standard errors over prompts, and how often tuned beats base at the same
     prompt and noise."""
+    averaged = ", averaged," if result.weights == "average" else ""
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
-        title=f"version {result.version} against its base on {result.num_prompts} prompts x "
+        title=f"version {result.version}{averaged} against its base on {result.num_prompts} prompts x "
         f"{result.images_per_prompt} images of {result.prompts}",
     )
     for column in ("reward", "base", "tuned", "difference", "wins"):

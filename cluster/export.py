@@ -1,7 +1,7 @@
 """`sfumato export`: a version of a run as files that other tools load, with a model card. For *inference* alone.
 
-checkpoints/round-N/versions/ -> weights, digest checked -> pytorch_lora_weights.safetensors   --form lora
-                                                        `-> unet/, beside the base's parts     --form pipeline
+checkpoints/round-N/ -> weights or their average, checked -> pytorch_lora_weights.safetensors   --form lora
+                                                        `-> its network, beside the base's     --form pipeline
 recipe.yaml  samples/  evaluation.json ------------------> README.md  images/                  (cluster/model_card.py)
 
 The folder is written beside its place and then renamed: it is complete or not there.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -20,18 +20,15 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from cluster.evaluate import Evaluation
-from cluster.model_card import ADAPTER_FILE, AFTER, BEFORE, Card, Form, model_card
+from cluster.model_card import AFTER, BEFORE, Card, Form, model_card
 from cluster.run_dir import home_of, read_recipe
 from cluster.sources import read_plan
 from cluster.verify import Row, read_lines
 from diffusion.policy import Policy
 from diffusion.weights import unpack, weights_digest
-from learner.checkpoint import Checkpoint, checkpoints_in
+from learner.checkpoint import Checkpoint, Weights, checkpoints_in
 from protocol.errors import ModelError, RecipeError, RunDirError
 from protocol.recipe import Full, Recipe
-
-TRAINED = "unet"
-"""The part of a pipeline that is trained; all others are the base model's, byte for byte."""
 
 INDEX = "model_index.json"
 COPIED = ("*.json", "*.txt", "*.model", "*.safetensors")
@@ -47,27 +44,32 @@ def export_run(
     version: int | None = None,
     form: Form | None = None,
     evaluation_file: Path | None = None,
+    live: bool = False,
 ) -> dict[str, str]:
-    """Writes a version, by default the newest in a checkpoint, to a new folder. Returns what was written, in reading
-    order. Raises RecipeError, RunDirError or ModelError, and leaves no part of an export behind then."""
+    """Writes a version, by default the newest in a checkpoint, to a new folder: the moving average of the weights at
+    that version where one is kept, or, `live`, these themselves. Returns what was written, in reading order. Raises
+    RecipeError, RunDirError or ModelError, and leaves no part of an export behind then."""
     recipe = read_recipe(run_dir)
     form = _form(recipe, form)
     _refuse_taken(out, run_dir)
     found, version = find_version(run_dir, version)
-    evaluation = _evaluation(run_dir, version, evaluation_file)
-    state = _weights(found, version)
+    weights = found.meta.result(live=live)
+    evaluation = _evaluation(run_dir, version, weights, evaluation_file)
+    state, digest = _weights(found, version, weights)
     base = Policy.from_recipe(recipe, with_decoder=False)
     _check_base(base, run_dir)
-    pictures = _pictures(run_dir, version)
+    pictures = _pictures(run_dir, version) if weights == found.meta.result() else {}
     card = Card(
         recipe=recipe,
         form=form,
         version=version,
-        digest=found.meta.digests[str(version)],
+        weights=weights,
+        digest=digest,
         base_digest=base.base_digest,
         sources=read_plan(recipe, home_of(run_dir)).sources,
         evaluation=evaluation,
         has_images=bool(pictures),
+        part=base.family.part,
     )
     _write(out, _tuned_policy(base, recipe, state, form), card, pictures)
     return _numbers(card, out)
@@ -77,6 +79,7 @@ def _numbers(card: Card, out: Path) -> dict[str, str]:
     held_out = f"{card.evaluation.num_prompts} prompts" if card.evaluation else "none: there is no evaluation of it"
     return {
         "version": f"{card.version}, digest {card.digest}",
+        "weights": card.weights_words,
         "form": "LoRA adapter" if card.form == "lora" else "whole pipeline",
         "held-out table": held_out,
         "images": "before and after" if card.has_images else "none: samples/ has none of this version",
@@ -90,6 +93,8 @@ def find_version(run_dir: Path, version: int | None) -> tuple[Checkpoint, int]:
     if not found:
         raise RunDirError(f"the run {run_dir} has no checkpoint yet", do="wait for it, or resume the run")
     holders = {int(kept): checkpoint for checkpoint in found for kept in checkpoint.meta.digests}
+    # Of its newest version a checkpoint keeps the average as well.
+    holders |= {checkpoint.meta.round: checkpoint for checkpoint in found}
     wanted = found[-1].meta.round if version is None else version
     if wanted not in holders:
         raise RunDirError(
@@ -105,7 +110,7 @@ def _form(recipe: Recipe, form: Form | None) -> Form:
     if isinstance(recipe.model.trainable, Full):
         if form == "lora":
             raise RecipeError(
-                "this run trains the whole U-Net, so there is no adapter to export",
+                "this run trains the whole denoiser, so there is no adapter to export",
                 value="--form lora",
                 expected="--form pipeline, which is its default",
             )
@@ -126,8 +131,8 @@ def _refuse_taken(out: Path, run_dir: Path) -> None:
         )
 
 
-def _evaluation(run_dir: Path, version: int, file: Path | None) -> Evaluation | None:
-    """Returns the evaluation that was given, or that of RUN/evaluation.json if it is of this version."""
+def _evaluation(run_dir: Path, version: int, weights: Weights, file: Path | None) -> Evaluation | None:
+    """Returns the evaluation that was given, or that of RUN/evaluation.json if it is of this version and weights."""
     path = file or run_dir / "evaluation.json"
     if file is None and not path.is_file():
         return None
@@ -139,35 +144,43 @@ def _evaluation(run_dir: Path, version: int, file: Path | None) -> Evaluation | 
             expected="what `sfumato evaluate RUN --json FILE` writes",
             do="make it again, or correct --evaluation",
         ) from error
-    if evaluation.version == version:
+    if (evaluation.version, evaluation.weights) == (version, weights):
         return evaluation
     if file is None:
         return None
     raise RecipeError(
-        f"the evaluation {path} is of another version",
-        value=evaluation.version,
-        expected=str(version),
-        do="evaluate this version, or export that one by --version",
+        f"the evaluation {path} is of another version"
+        + ", or of other weights of it" * (evaluation.version == version),
+        value=f"{evaluation.version}, {evaluation.weights}",
+        expected=f"{version}, {weights}",
+        do="evaluate this version, or export that one by --version, or --live",
     )
 
 
-def _weights(found: Checkpoint, version: int) -> dict[str, Tensor]:
-    """Returns a version's weights. Raises RunDirError unless they are those that were published."""
+def _weights(found: Checkpoint, version: int, weights: Weights) -> tuple[dict[str, Tensor], str]:
+    """Returns a version's weights, or their average at that version, and the digest. Raises RunDirError unless they are
+    those that the run wrote."""
+    if weights == "average" and version != found.meta.round:
+        raise RunDirError(
+            f"of version {version} the run kept the weights, but not their average",
+            do="add --live to export the weights, or give a version that a checkpoint is of",
+        )
     try:
-        state = unpack(found.version_bytes(version))
+        state = unpack(found.result_bytes() if weights == "average" else found.version_bytes(version))
     except FileNotFoundError as error:
         raise RunDirError(
             f"{found.folder.name} is gone meanwhile: the run is in progress", do="export again, or when it is done"
         ) from error
-    digest, published = weights_digest(state), found.meta.digests[str(version)]
+    digest = weights_digest(state)
+    published = found.meta.average_digest if weights == "average" else found.meta.digests[str(version)]
     if digest != published:
         raise RunDirError(
             f"{found.folder.name} is damaged: its version {version} has other weights",
             value=digest,
-            expected=published,
+            expected=str(published),
             do="export another version",
         )
-    return state
+    return state, digest
 
 
 def _tuned_policy(base: Policy, recipe: Recipe, state: dict[str, Tensor], form: Form) -> Policy:
@@ -189,8 +202,9 @@ def _check_base(policy: Policy, run_dir: Path) -> None:
         raise ModelError(
             f"the base model {policy.source} is not the one that this run was trained from",
             value=policy.base_digest[:16],
-            expected=f"a U-Net whose digest starts with {' or '.join(sorted(map(str, known)))}",
-            do="put the base model back in its place",
+            expected=f"a {policy.family.part} (with its starting LoRA) whose digest starts with "
+            f"{' or '.join(sorted(map(str, known)))}",
+            do="put the base model, or the LoRA that the run started from, back in its place",
         )
 
 
@@ -212,9 +226,11 @@ def _write(out: Path, policy: Policy, card: Card, pictures: dict[str, Path]) -> 
         folder = Path(name) / "export"
         folder.mkdir()
         if card.form == "pipeline":
-            _copy_base(policy.source, folder)
+            _copy_base(policy.source, folder, policy.changed_networks.keys())
             _fuse(policy)
-        _write_weights(policy, folder, card.form)
+            policy.save_networks(folder)
+        else:
+            policy.export(folder)
         (folder / "README.md").write_text(model_card(card), encoding="utf-8")
         for relative, file in pictures.items():
             (folder / relative).parent.mkdir(exist_ok=True)
@@ -229,21 +245,14 @@ def _fuse(policy: Policy) -> None:
         policy.denoiser.unload_lora()
 
 
-def _write_weights(policy: Policy, folder: Path, form: Form) -> None:
-    if form == "lora":
-        policy.export(folder)
-        assert (folder / ADAPTER_FILE).is_file()
-    else:
-        policy.denoiser.save_pretrained(folder / TRAINED)
-
-
-def _copy_base(source: str, folder: Path) -> None:
-    """Copies all parts of a base pipeline but the trained one. Raises ModelError for parts that cannot be copied."""
-    base = _base_folder(source)
+def _copy_base(source: str, folder: Path, changed: Collection[str]) -> None:
+    """Copies all parts of a base pipeline but those that are written anew, byte for byte. Raises ModelError for parts
+    that cannot be copied."""
+    base = _base_folder(source, changed)
     index = json.loads((base / INDEX).read_text())
     shutil.copyfile(base / INDEX, folder / INDEX)
     for part, kind in index.items():
-        if part == TRAINED or not isinstance(kind, list) or kind[0] is None:
+        if part in changed or not isinstance(kind, list) or kind[0] is None:
             continue
         files = _files(base / part)
         has_weights = any(file.suffix == ".safetensors" for file in files)
@@ -269,15 +278,16 @@ def _matches(file: Path, patterns: Sequence[str]) -> bool:
     return any(fnmatch(file.name, pattern) for pattern in patterns)
 
 
-def _base_folder(source: str) -> Path:
+def _base_folder(source: str, changed: Collection[str]) -> Path:
     """Returns where the base model's files are: its folder, or the cache of what the hub has of it."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
 
     wanted = [INDEX, *(f"*/{pattern}" for pattern in COPIED)]
+    never = [*(f"{part}/*" for part in changed), *VARIANTS]
     try:
-        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=[f"{TRAINED}/*", *VARIANTS]))
+        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=never))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the base model {source} cannot be had whole: {str(error).strip().splitlines()[0][:200]}",

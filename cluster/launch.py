@@ -16,13 +16,14 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from cluster.nodes import demand, roles
 from cluster.pulse import HEALTH
 from cluster.scoring import Answer, MakingWayError, OutOfTimeError, RewardPool, Scorer
 from cluster.weight_store import StoreClient, WeightStore
 from learner.company import Company
-from protocol.errors import RecipeError, RedisError, RewardError
+from protocol.errors import RedisError, RewardError
 from protocol.recipe import Recipe
 from protocol.roles import Learner, Placement, Reward
 from protocol.scores import plain_total
@@ -244,50 +245,18 @@ def local_options(recipe: Recipe) -> dict[str, Any]:
     return {"address": "local", "num_cpus": max(int(wanted + 1), os.cpu_count() or 1), "include_dashboard": False}
 
 
-def roles(recipe: Recipe) -> list[tuple[Placement, int]]:
-    """Returns each role's placement and how many processes it has."""
-    return [
-        *((learner, learner.world_size) for learner in recipe.learners),
-        (recipe.rollout_worker, recipe.rollouts),
-        *((reward, reward.replicas) for reward in recipe.scored_rewards),
-    ]
-
-
-def check_cluster(recipe: Recipe) -> None:
-    """Raises RecipeError if the cluster could never hold the run; a wait would have no end."""
-    num_nodes = len([node for node in ray.nodes() if node["Alive"]])
-    if num_nodes > 1 and recipe.redis.url is None:
-        raise RecipeError(
-            "the embedded Redis listens on this machine only, but the cluster has other nodes",
-            value=f"{num_nodes} nodes",
-            expected="a Redis server that every node reaches",
-            do="set redis.url=rediss://:password@host:port/0",
-        )
-    totals = ray.cluster_resources()
-    wanted: dict[str, float] = {}
-    for placement, count in roles(recipe):
-        parts = {"CPU": placement.num_cpus, "GPU": placement.num_gpus, **placement.resources}
-        for name, amount in parts.items():
-            wanted[name] = wanted.get(name, 0.0) + amount * count
-    short = {name: amount for name, amount in wanted.items() if amount > totals.get(name, 0.0)}
-    if short:
-        have = {name: totals.get(name, 0.0) for name in short}
-        raise RecipeError(
-            f"the roles of this recipe ask for {short} but the cluster has {have}",
-            expected="enough of every resource",
-            do="lower rollouts, learner.world_size or num_gpus, or start more nodes",
-        )
-
-
 def device_of(placement: Placement) -> str:
     """Ray shows a process only its own GPUs, so the first visible one is its."""
     return "cuda" if placement.num_gpus > 0 else "cpu"
 
 
 def start_store(recipe: Recipe) -> Any:
-    """Starts the weight store. One version more than may be asked for, since the next comes before it is due."""
+    """Starts the weight store beside the driver, on the one node that no run can do without. It holds one version more
+    than may be asked for, since the next comes before it is due."""
     remote = ray.remote(concurrency_groups={HEALTH: 1})(WeightStore)
-    return remote.options(num_cpus=0, max_restarts=ROLE_RESTARTS, max_task_retries=-1).remote(recipe.lag + 2)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "max_restarts": ROLE_RESTARTS, "max_task_retries": -1, "scheduling_strategy": here}
+    return remote.options(**options).remote(recipe.lag + 2)
 
 
 def start_rewards(recipe: Recipe, environments: Mapping[str, Mapping[str, Any]]) -> list[RewardPool]:
@@ -315,10 +284,7 @@ def start_rollout(
 
 def start_learners(learner: Learner) -> tuple[list[Any], PlacementGroup]:
     """Starts a gang's processes in a placement group, packed onto as few nodes as will hold them."""
-    bundle = {"CPU": learner.num_cpus, **learner.resources}
-    if learner.num_gpus:
-        bundle["GPU"] = learner.num_gpus
-    group = placement_group([bundle] * learner.world_size, strategy="PACK")
+    group = placement_group([demand(learner)] * learner.world_size, strategy="PACK")
     remote = ray.remote(LearnerProcess)
     ranks = [
         remote.options(

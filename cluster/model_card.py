@@ -12,16 +12,18 @@ from typing import Any, Literal
 import yaml
 
 from cluster.evaluate import Comparison, Evaluation
+from learner.checkpoint import Weights
 from protocol import __version__
 from protocol.paths import model_source
-from protocol.recipe import Full, Recipe
+from protocol.recipe import Full, Recipe, Sampler
 from protocol.recipe_file import dump_recipe
 from protocol.roles import Reward
+from protocol.starting_lora import LORA_FILE
 from protocol.tickets import Source
 
 Form = Literal["lora", "pipeline"]
 
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+DENOISERS = {"unet": "U-Net", "transformer": "transformer"}
 BEFORE, AFTER = "images/before.png", "images/after.png"
 SHOWN_PROMPTS = 5
 
@@ -45,18 +47,28 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Card:
-    """What a card tells: `Card(recipe, form="lora", version=20, digest="9f86...", base_digest="d081...",
-    sources=(Source.of_prompts(("a red seven", ...)),), evaluation=None, has_images=True)`. `sources` are those of the
-    run's tickets; without an evaluation of this version, or images, the card says nothing of them."""
+    """What a card tells: `Card(recipe, form="lora", version=20, weights="live", digest="9f86...",
+    base_digest="d081...", sources=(Source.of_prompts(("a red seven", ...)),), evaluation=None, has_images=True,
+    part="unet")`. `sources` are those of the run's tickets, `part` is what the pipeline calls its denoiser; without an
+    evaluation of this version, or images, the card says nothing of them."""
 
     recipe: Recipe
     form: Form
     version: int
+    weights: Weights
     digest: str
     base_digest: str
     sources: tuple[Source, ...]
     evaluation: Evaluation | None
     has_images: bool
+    part: str
+
+    @property
+    def weights_words(self) -> str:
+        """Which of a version's weights they are."""
+        if self.weights == "live" or self.recipe.learner.ema is None:
+            return "as trained"
+        return f"a moving average of those trained, of decay {self.recipe.learner.ema.decay:g}"
 
 
 def model_card(card: Card) -> str:
@@ -92,20 +104,32 @@ def _front_matter(card: Card) -> str:
 def _introduction(card: Card) -> str:
     recipe, trainable = card.recipe, card.recipe.model.trainable
     if isinstance(trainable, Full):
-        what = "A whole pipeline, all weights of its U-Net fine-tuned from"
+        what = f"A whole pipeline, all weights of its {DENOISERS[card.part]} fine-tuned from"
     elif card.form == "lora":
         what = f"A LoRA adapter of rank {trainable.rank} for"
     else:
-        what = f"A whole pipeline, a LoRA adapter of rank {trainable.rank} fused into the U-Net of"
+        what = f"A whole pipeline, a LoRA adapter of rank {trainable.rank} fused into the {DENOISERS[card.part]} of"
     embedded = recipe.model.path == "embedded"
     base = "the digits model that comes with sfumato" if embedded else f"`{recipe.model.path}`"
     return (
         f"# {_base_name(recipe)}, fine-tuned by {recipe.algorithm.name}\n\n"
         f"{what} {base}, trained with sfumato by {_linked(METHODS[recipe.algorithm.name])}. Version {card.version}: "
-        f"each round of {recipe.batch.num_groups} groups of {recipe.batch.group_size} images made one.\n\n"
+        f"each round of {recipe.batch.num_groups} groups of {recipe.batch.group_size} images made one. "
+        f"Its weights are {card.weights_words}.\n\n"
+        f"{_start(card)}"
         "The base model's licence, and what it asks of derived models, holds here too: name it in the first lines of "
         "this file before you publish it.\n"
     )
+
+
+def _start(card: Card) -> str:
+    """Says what LoRA the run started from, and where that is now."""
+    lora = card.recipe.model.lora
+    if lora is None:
+        return ""
+    is_file = card.form == "lora" and not isinstance(card.recipe.model.trainable, Full)
+    inside = "holds both, for the plain base model: do not load the other one too" if is_file else "has it added in"
+    return f"The run started from the LoRA `{lora.path}` at scale {lora.scale:g}; what is here {inside}.\n\n"
 
 
 def _base_name(recipe: Recipe) -> str:
@@ -114,13 +138,14 @@ def _base_name(recipe: Recipe) -> str:
 
 def _loading(card: Card) -> str:
     recipe, sampler = card.recipe, card.recipe.sampler
-    half = ", torch_dtype=torch.bfloat16" if recipe.learner.precision == "bf16" else ""
-    load = [f"pipeline = DiffusionPipeline.from_pretrained(folder{half})"]
+    half = {"fp32": "", "bf16": ", torch_dtype=torch.bfloat16", "fp16": ", torch_dtype=torch.float16"}
+    dtype = half[recipe.learner.precision]
+    load = [f"pipeline = DiffusionPipeline.from_pretrained(folder{dtype})"]
     if card.form == "lora":
         base = model_source(recipe.model.path)
         load = [
-            f"pipeline = DiffusionPipeline.from_pretrained({base!r}{half})",
-            f"pipeline.load_lora_weights(folder, weight_name={ADAPTER_FILE!r})",
+            f"pipeline = DiffusionPipeline.from_pretrained({base!r}{dtype})",
+            f"pipeline.load_lora_weights(folder, weight_name={LORA_FILE!r})",
         ]
     lines = [
         "import torch",
@@ -129,10 +154,7 @@ def _loading(card: Card) -> str:
         'folder = "."  # where this file is',
         *load,
         "# The run's own sampler.",
-        "pipeline.scheduler = DDIMScheduler.from_config(",
-        "    pipeline.scheduler.config, clip_sample=False, "
-        f"set_alpha_to_one={sampler.last_step == 'unscored'}, thresholding=False",
-        ")",
+        *_scheduler(sampler),
         "images = pipeline(",
         f"    {card.sources[0].prompts[0]!r},",
         f"    num_inference_steps={sampler.num_steps},",
@@ -143,6 +165,16 @@ def _loading(card: Card) -> str:
         'images[0].save("image.png")',
     ]
     return _fenced("\n".join(lines), "python")
+
+
+def _scheduler(sampler: Sampler) -> list[str]:
+    """Lines that give a pipeline the run's scheduler: DDPM ancestral is DDIM with eta 1 (arXiv 2010.02502, Eq. 16)."""
+    return [
+        "pipeline.scheduler = DDIMScheduler.from_config(",
+        "    pipeline.scheduler.config, clip_sample=False, "
+        f"set_alpha_to_one={sampler.last_step == 'unscored'}, thresholding=False",
+        ")",
+    ]
 
 
 def _images() -> str:
@@ -214,18 +246,23 @@ def _evaluation_row(label: str, row: Comparison, *, is_trained: bool) -> str:
 
 
 def _digests(card: Card) -> str:
+    lora = card.recipe.model.lora
     rows = {
-        "version": str(card.version),
+        "version": f"{card.version}, its weights {card.weights_words}",
         "weights": f"`{card.digest}`",
-        "base model's U-Net": f"`{card.base_digest}`",
+        f"base model's {DENOISERS[card.part]}{', and LoRA' if lora else ''}": f"`{card.base_digest}`",
+        **({"LoRA that it started from, its file": f"`{lora.digest}`"} if lora else {}),
         "exported by": f"sfumato {__version__}, diffusers {installed('diffusers')}",
     }
+    where = f"as the run published it (`sfumato digest RUN --version {card.version}`)"
+    if card.weights == "average":
+        where = "as the run's checkpoint keeps its average (`average_digest`)"
     table = "\n".join(["| what | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    precision = "fp32" if lora else card.recipe.learner.precision
     return (
-        f"{table}\n\nSHA-256 of names, dtypes, shapes and bytes of what was trained, as the run published it "
-        f"(`sfumato digest RUN --version {card.version}`), and of the base model's U-Net in "
-        f"{card.recipe.learner.precision}. The run is a function of sfumato's code, the recipe and its seed. Nothing "
-        "here is for resuming it."
+        f"{table}\n\nSHA-256 of names, dtypes, shapes and bytes of what was trained, {where}, and of the base model's "
+        f"{DENOISERS[card.part]} in {precision}. The run is a function of code, recipe and seed. Nothing here is for "
+        "resuming it."
     )
 
 

@@ -11,6 +11,9 @@ On Linux the kernel ends the server with its parent (PR_SET_PDEATHSIG). That sig
 that started the server, which may well end before the process does; so a thread of the server's own starts it
 and waits for it. The signal is requested by a few lines of Python that then become the server (exec), since
 code between fork and exec can deadlock in a process with other threads, such as Ray's.
+
+SIGTERM stays blocked through that exec: `ray job stop` sends it to the driver and all below it, and the driver still
+needs the server to have the learners save what they have learnt.
 """
 
 from __future__ import annotations
@@ -41,7 +44,6 @@ from protocol.errors import RedisError
 
 OLDEST_SERVER = (6, 2)
 START_TIMEOUT_S = 20.0
-STOP_TIMEOUT_S = 5.0
 
 PORTS = range(20000, 30000)
 """Above Ray's worker ports and below the kernel's ephemeral ones; Ray's head listens on 6379."""
@@ -54,6 +56,7 @@ if sys.platform == "linux":
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the parent died first")
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 os.execv(binary, [binary, "-"])
 """
 
@@ -166,12 +169,8 @@ class RedisServer:
         if self._process is None:
             return
         self._client.close()
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()  # There is nothing that it would save.
+        self._process.wait()
         self._process = None
 
     def keep_alive(self, answer_timeout_s: float) -> bool:
@@ -200,17 +199,7 @@ class RedisServer:
         self.stop()
 
     def _config(self) -> str:
-        lines = [
-            f"bind {self._host}",
-            f"port {self.port}",
-            f"requirepass {self._password}",
-            "protected-mode yes",
-            'save ""',
-            "appendonly no",
-            f"maxmemory {self._maxmemory_bytes or 0}",
-            "maxmemory-policy noeviction",
-        ]
-        return "\n".join(lines) + "\n"
+        return server_config(self._host, self.port, self._password, self._maxmemory_bytes or 0)
 
     def _wait_until_it_answers(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -239,6 +228,21 @@ class RedisServer:
             f"the Redis server at {self.redacted_url} did not start: {what}",
             do=f"read {self._log}, which ends with:\n" + "\n".join(tail or ["(nothing)"]) + "\n",
         )
+
+
+def server_config(host: str, port: int, password: str, maxmemory: int | str) -> str:
+    """Returns the configuration of a server that holds nothing but streams: no disk, no eviction."""
+    lines = [
+        f"bind {host}",
+        f"port {port}",
+        f"requirepass {password}",
+        "protected-mode yes",
+        'save ""',
+        "appendonly no",
+        f"maxmemory {maxmemory}",
+        "maxmemory-policy noeviction",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def free_port(host: str) -> int:

@@ -31,7 +31,8 @@ from protocol.roles import LAYOUT
 from protocol.stream import redacted_url
 
 SCALE_FILE = ".rollouts"
-RAY_SESSION = re.compile(r"/ray/session_[^/]+(/|$)")
+RAY_SESSION = re.compile(r"/(ray/session_[^/]+|session_\d{4}(-\d\d){2}_\d\d(-\d\d){2}_\d+_\d+)(/|$)")
+"""In Ray's usual folder, or in one that `ray start --temp-dir` names."""
 
 
 def follower_dir(run_dir: Path, name: str) -> Path:
@@ -149,7 +150,7 @@ def _refuse_ray_session(path: Path) -> None:
             "the run directory is inside Ray's session folder, which does not outlive the session",
             value=str(path),
             expected="an absolute path on storage that stays, and that all nodes see",
-            do="give one with --run-dir",
+            do="give one with --run-dir, or set SFUMATO_RUNS to the folder of all runs",
         )
 
 

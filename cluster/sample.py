@@ -28,13 +28,16 @@ def sample_to_file(
     seed: int,
     num_steps: int | None,
     guidance_scale: float | None,
+    live: bool = False,
 ) -> None:
-    """Writes a PNG of `num_images` images beside each other, at their own size."""
+    """Writes a PNG of `num_images` images beside each other, at their own size. `live` leaves the moving average of a
+    run's weights aside."""
     if num_images < 1:
         raise RecipeError("--num-images is too small", value=num_images, expected="1 or more")
     if not out.absolute().parent.is_dir():
         raise RecipeError("the folder of --out does not exist", value=str(out), do="make it, or correct --out")
-    policy, sampler = _load_run(Path(source)) if (Path(source) / "run.json").is_file() else _load_model(source)
+    is_run = (Path(source) / "run.json").is_file()
+    policy, sampler = _load_run(Path(source), live=live) if is_run else _load_model(source)
     changes: dict[str, float | None] = {"num_steps": num_steps, "guidance_scale": guidance_scale}
     images = draw_images(Chain(policy, _changed(sampler, changes)), prompt, num_images, seed)
     height, width = images.shape[1:3]
@@ -53,13 +56,13 @@ def _changed(sampler: Sampler, changes: dict[str, float | None]) -> Sampler:
         raise RecipeError(f"images cannot be drawn so: {reasons}", value=given) from None
 
 
-def _load_run(run_dir: Path) -> tuple[Policy, Sampler]:
+def _load_run(run_dir: Path, *, live: bool) -> tuple[Policy, Sampler]:
     recipe = read_recipe(run_dir)
     found = latest_checkpoint(run_dir)
     if found is None:
         raise RunDirError(f"the run {run_dir} has no checkpoint yet", do="wait for it, or resume the run")
     policy = Policy.from_recipe(recipe, own_device())
-    policy.load_trainable_state(unpack(found.version_bytes(found.meta.round)))
+    policy.load_trainable_state(unpack(found.result_bytes(live=live)))
     return policy, recipe.sampler
 
 

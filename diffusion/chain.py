@@ -35,6 +35,11 @@ class Chain:
         self.wire_dtype: torch.dtype = getattr(torch, sampler.wire_dtype)
 
     @property
+    def num_branches(self) -> int:
+        """Network evaluations of a step: 2 with guidance, but for models that are told the guidance."""
+        return self.policy.num_branches(self.sampler.guidance_scale)
+
+    @property
     def description(self) -> str:
         """Canonical JSON of all that fixes the chain: two chains with equal texts have equal densities."""
         facts = self.sampler.model_dump(mode="json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,14 +15,17 @@ class Conditioning:
 
     Stable Diffusion 1.x     Conditioning(text_NLE (1, 77, 768))
     Stable Diffusion XL      Conditioning(text_NLE (1, 77, 2048), pooled_NP (1, 1280), size_N6 (1, 6))
+    Stable Diffusion 3       Conditioning(text_NLE (1, 333, 4096), pooled_NP (1, 2048))
+    FLUX.1-dev               Conditioning(text_NLE (1, 512, 4096), pooled_NP (1, 768), guidance_N (1,))
 
     `pooled_NP` is the whole prompt in one vector, `size_N6` original height and width, top and left of the crop, and
-    target height and width in pixels.
+    target height and width in pixels, `guidance_N` the guidance scale, fp32.
     """
 
     text_NLE: Tensor
     pooled_NP: Tensor | None = None
     size_N6: Tensor | None = None
+    guidance_N: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.text_NLE)
@@ -43,17 +46,19 @@ class Conditioning:
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Returns the rows of all parts, which are of one family."""
 
-        def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-            present = [tensor for tensor in tensors if tensor is not None]
+        def joined(name: str) -> Tensor | None:
+            present = [tensor for part in parts if (tensor := getattr(part, name)) is not None]
             return torch.cat(present) if present else None
 
-        text_NLE = torch.cat([part.text_NLE for part in parts])
-        pooled_NP, size_N6 = joined([part.pooled_NP for part in parts]), joined([part.size_N6 for part in parts])
-        return Conditioning(text_NLE, pooled_NP, size_N6)
+        return Conditioning(torch.cat([part.text_NLE for part in parts]), *(joined(name) for name in OPTIONAL))
+
+    def guided(self, scale: float) -> Conditioning:
+        """Returns the same prompts with a guidance scale that the network is told."""
+        return replace(self, guidance_N=torch.full((len(self),), scale, device=self.text_NLE.device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        return Conditioning(
-            change(self.text_NLE),
-            None if self.pooled_NP is None else change(self.pooled_NP),
-            None if self.size_N6 is None else change(self.size_N6),
-        )
+        optional = [getattr(self, name) for name in OPTIONAL]
+        return Conditioning(change(self.text_NLE), *(None if each is None else change(each) for each in optional))
+
+
+OPTIONAL = ("pooled_NP", "size_N6", "guidance_N")

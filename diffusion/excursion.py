@@ -1,7 +1,7 @@
 """Excursions: a few sampling steps from a noised latent, and the clean image predicted at each state.
 
 Diffusion-Sharpening's candidates (arXiv 2502.12146, Section 3). The first state is a latent noised to timestep tau_1,
-the next are DDIM's, a stride apart:
+the next are DDIM's (a flow model's: Euler's), a stride apart:
 
     x_1 = A x_0 + S noise  at tau_1,      x_{j+1} = DDIM(x_j)  at tau_{j+1} = tau_j - stride
 
@@ -20,12 +20,13 @@ from torch import Tensor
 from diffusion.chain import Chain
 from diffusion.kernels import PredictionType, noised, predicted_noise_and_clean, transition
 from diffusion.noise import initial_noise, step_noise
-from diffusion.schedules import StepConstants, make_schedule, noise_level
+from diffusion.process import Process
+from diffusion.schedules import StepConstants
 from protocol.algorithms import Excursion
 from protocol.seeds import Purpose, derive_seed
 
 Network = Callable[[Tensor, Tensor], Tensor]
-"""(state_NCHW, timestep_N) -> the network's output, (N, C, H, W)."""
+"""(state_NCHW, timestep_N of training) -> the network's output, (N, C, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,13 @@ def draw_start(
     return Start(timestep, x0_GCHW, own_noise_GCHW)
 
 
-def excursion_schedule(alpha_bar: Tensor, first_timestep: int, settings: Excursion) -> StepConstants:
-    """Returns DDIM's constants at the states of an excursion: M of them, fewer if a timestep would be negative.
-
-    alpha_bar: (1000,) cumulative signal levels of training. Raises ValueError for a timestep outside of them.
-    """
-    if not 0 <= first_timestep < len(alpha_bar):
-        raise ValueError(f"an excursion cannot start at timestep {first_timestep} of {len(alpha_bar)}")
+def excursion_schedule(process: Process, first_timestep: int, settings: Excursion) -> StepConstants:
+    """Returns the constants at the states of an excursion, DDIM's or Euler's: M of them, fewer if a timestep would be
+    negative. Raises ValueError for a timestep outside of training's."""
+    if not 0 <= first_timestep < len(process):
+        raise ValueError(f"an excursion cannot start at timestep {first_timestep} of {len(process)}")
     num_states = min(settings.num_states, 1 + first_timestep // settings.stride)
-    timestep_M = first_timestep - settings.stride * torch.arange(num_states, device=alpha_bar.device)
-    return make_schedule(alpha_bar, timestep_M, kernel="ddim", eta=settings.eta, last_step="unscored")
+    return process.steps(first_timestep - settings.stride * torch.arange(num_states), settings.eta)
 
 
 def walk(
@@ -130,13 +128,13 @@ def walk_again(
     network: Network,
     first_NCHW: Tensor,
     timestep_NM: Tensor,
-    alpha_bar: Tensor,
+    process: Process,
     *,
     prediction_type: PredictionType,
     wire_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the states (N, M, C, H, W) that the network visits itself and the noise that it predicts there; the noise
-    has a graph through all steps before it.
+    """Returns the states (N, M, C, H, W) that the network visits itself and the target (`Process.target`) that it
+    predicts there, which has a graph through all steps before it.
 
     N candidates go from their first states to timesteps of their own, by `walk`'s steps at eta 0: x0_hat noised with
     the predicted noise. The network that walked visits the very states again. Rounding to the wire's dtype passes
@@ -145,12 +143,12 @@ def walk_again(
     state_NCHW, states, predicted = first_NCHW, [], []
     for step, timestep_N in enumerate(timestep_NM.unbind(1)):
         output_NCHW = network(state_NCHW, timestep_N).to(state_NCHW.dtype)
-        level = noise_level(alpha_bar, timestep_N)
+        level = process.level(timestep_N)
         noise_NCHW, clean_NCHW = predicted_noise_and_clean(state_NCHW, output_NCHW, level, prediction_type)
         states.append(state_NCHW.detach())
-        predicted.append(noise_NCHW)
+        predicted.append(process.predicted_target(state_NCHW, output_NCHW, timestep_N, prediction_type))
         if step + 1 < timestep_NM.shape[1]:
-            state_NCHW = noised(clean_NCHW, noise_NCHW, noise_level(alpha_bar, timestep_NM[:, step + 1]))
+            state_NCHW = noised(clean_NCHW, noise_NCHW, process.level(timestep_NM[:, step + 1]))
             state_NCHW = state_NCHW + (state_NCHW.to(wire_dtype).to(state_NCHW.dtype) - state_NCHW).detach()
     return torch.stack(states, dim=1), torch.stack(predicted, dim=1)
 
@@ -170,12 +168,14 @@ def excursion(
     also where they share the first. The batch is the group, so numbers do not depend on who else is sampled.
     """
     policy = chain.policy
-    schedule = excursion_schedule(policy.alpha_bar, start.timestep, settings)
+    schedule = excursion_schedule(policy.process, start.timestep, settings).to(policy.device)
     shape_CHW = start.x0_GCHW.shape[1:]
     noises = [step_noise(_own_seeds(seeds_G), step, shape_CHW) for step in range(len(schedule))]
     conditioning = policy.condition([prompt]).expand(len(seeds_G))
     visited = walk(
-        lambda state, timestep: policy.predict(policy.denoiser, state, timestep, conditioning, guidance_scale=1.0),
+        lambda state, timestep: policy.predict(
+            policy.denoiser, state, policy.process.told(timestep), conditioning, guidance_scale=1.0
+        ),
         Start(start.timestep, start.x0_GCHW.to(policy.device), start.noise_GCHW.to(policy.device)),
         schedule,
         torch.stack(noises).to(policy.device),

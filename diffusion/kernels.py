@@ -16,7 +16,8 @@ from torch import Tensor
 
 from diffusion.schedules import NoiseLevel, StepConstants
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+"""What a network's output stands for: the noise, v (Salimans and Ho, arXiv 2202.00512), x0, or a flow's velocity."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def teacher_forced_transition(
     """Draws a step of real images' trajectories, with the kernel of a network that knows x0 (algorithms.md 0.6).
 
     The image stands for x0_hat and (x_t - A x0)/S for eps, so for every eta each state keeps the forward marginal
-    N(A x0, S^2 I), and an unscored last step lands on the image. log_prob_N is this kernel's density, no policy's.
+    N(A x0, S^2 I), a flow's up to the error of Euler's step, and an unscored last step lands on the image.
+    log_prob_N is this kernel's density, no policy's.
     """
     return transition(
         state_NCHW, clean_NCHW, constants, prediction_type="sample", noise_NCHW=noise_NCHW, wire_dtype=wire_dtype
@@ -131,6 +133,8 @@ def predicted_noise_and_clean(
         return output_NCHW, (state_NCHW - noise * output_NCHW) / signal
     if prediction_type == "v_prediction":
         return signal * output_NCHW + noise * state_NCHW, signal * state_NCHW - noise * output_NCHW
+    if prediction_type == "flow":
+        return state_NCHW + signal * output_NCHW, state_NCHW - noise * output_NCHW
     return (state_NCHW - signal * output_NCHW) / noise, output_NCHW
 
 

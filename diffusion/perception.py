@@ -172,7 +172,7 @@ class Encoder:
         dtypes = {parameter.dtype for parameter in stack.parameters()}
         if not dtypes <= set(EXACT):
             raise ModelError(
-                "the perceptual encoder must compute in fp32: bf16 rounds away what it is to tell apart",
+                "the perceptual encoder must compute in fp32: half precision rounds away what it is to tell apart",
                 value=", ".join(map(str, dtypes)),
                 do="set learner.precision: fp32",
             )
@@ -228,8 +228,9 @@ def make_encoder(policy: Policy, settings: Perception, seed: int) -> Encoder:
     """Returns the encoder that the settings ask for; `seed` is the run's, for random weights.
 
     `frozen_base` is the policy's reference: its U-Net with adapters off, or the copy that `keep_reference` made for
-    full fine-tuning. `live` is its U-Net with adapters on, also where the caller has switched them off. `random_init`
-    is as diffusers initialises such a U-Net, of which only the encoder is kept. Raises ModelError in half precision.
+    full fine-tuning. `ema` is the network that `keep_average` made, whose weights the caller keeps up to date. `live`
+    is its U-Net with adapters on, also where the caller has switched them off. `random_init` is as diffusers
+    initialises such a U-Net, of which only the encoder is kept. Raises ModelError in half precision.
     """
     if settings.encoder_weights == "frozen_base":
         with policy.reference(policy.denoiser) as base:
@@ -237,6 +238,9 @@ def make_encoder(policy: Policy, settings: Perception, seed: int) -> Encoder:
         return Encoder(stack, settings.blocks, lambda: policy.reference(policy.denoiser))
     if settings.encoder_weights == "live":
         return Encoder(EncoderStack(policy.denoiser), settings.blocks, lambda: policy.adapters(enabled=True))
+    if settings.encoder_weights == "ema":
+        assert policy.average_denoiser is not None, "keep_average makes the network of the average"
+        return Encoder(EncoderStack(policy.average_denoiser), settings.blocks, nullcontext)
     return Encoder(_random_stack(policy, seed), settings.blocks, nullcontext)
 
 

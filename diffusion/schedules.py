@@ -18,7 +18,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """What N noised latents A x0 + S noise are made of: timestep_N, and A and S as signal_N and noise_N, fp64."""
+    """What N noised latents A x0 + S noise are made of: A and S as signal_N and noise_N, fp64, and timestep_N: the
+    timesteps of training, or in a flow's sampler, which stands between those, what the network is told."""
 
     timestep_N: Tensor
     signal_N: Tensor
@@ -48,6 +49,11 @@ class StepConstants(NoiseLevel):
     def at(self, step_N: Tensor) -> StepConstants:
         """Returns the constants of the given steps, (N,) indices into this schedule."""
         return StepConstants(*(getattr(self, field.name)[step_N] for field in fields(self)))
+
+    @property
+    def length_N(self) -> Tensor:
+        """Of a whole flow schedule: by how much each step lowers the noise's share."""
+        return self.noise_N - torch.cat([self.noise_N[1:], self.noise_N.new_zeros(1)])
 
     def to(self, device: torch.device) -> StepConstants:
         """Returns the same constants on a device."""
@@ -81,6 +87,39 @@ def make_schedule(
     scored_T = _scored(sigma_T, next_T, eta)
     clean_T, noise_T, state_T = _mean_coefficients(kernel, now_T, next_T, sigma_T)
     return StepConstants(timestep_T, now_T.sqrt(), (1 - now_T).sqrt(), clean_T, noise_T, state_T, sigma_T, scored_T)
+
+
+def make_flow_schedule(
+    share_T: Tensor, told_T: Tensor, *, kernel: Literal["flow_grpo", "dance_grpo"], eta: float
+) -> StepConstants:
+    """Returns the constants of a flow's SDE over falling shares of noise `share_T`, of which the first may be 1.
+
+    Euler-Maruyama's steps of one family (algorithms.md 0.6), with d = s - s' and a noise level nu(s):
+
+        mu = x - d v + nu^2 d score / 2,     sigma = nu sqrt(d),     score = -(x + (1 - s) v) / s
+
+    flow_grpo: nu^2 = eta^2 s / (1 - s), where s = 1 divides by the next share's complement instead (Flow-GRPO, arXiv
+    2505.05470, Eq. 12, and its code). dance_grpo: nu = eta (DanceGRPO, arXiv 2505.07818, Eq. 8, and its code). With
+    x = (1 - s) x0 + s noise the mean has no part of x by itself. The last step lands on the clean latent, without
+    noise and unscored; Flow-GRPO scores it.
+    Raises ValueError for shares that do not fall inside 0 to 1.
+    """
+    share_T = share_T.double()
+    next_T = torch.cat([share_T[1:], share_T.new_zeros(1)])
+    if not bool(((share_T > next_T) & (share_T <= 1)).all()):
+        raise ValueError(f"shares of noise must fall from at most 1 to 0, but are {share_T.tolist()}")
+    length_T = share_T - next_T
+    if kernel == "flow_grpo":
+        nu_square_T = eta**2 * share_T / (1 - torch.where(share_T == 1, next_T, share_T))
+    else:
+        nu_square_T = torch.full_like(share_T, eta**2)
+    nu_square_T[-1] = 0
+    scored_T = nu_square_T > 0
+    noise_T = next_T - nu_square_T * length_T / (2 * share_T)
+    sigma_T = (nu_square_T * length_T).sqrt()
+    return StepConstants(
+        told_T, 1 - share_T, share_T, 1 - next_T, noise_T, torch.zeros_like(share_T), sigma_T, scored_T
+    )
 
 
 def _scored(sigma_T: Tensor, next_T: Tensor, eta: float) -> Tensor:

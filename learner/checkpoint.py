@@ -5,6 +5,7 @@ checkpoints/round-000010/     written as .tmp-round-000010, then renamed
     state/                    DeepSpeed's files: for *resume* with the same number of ranks, bit for bit
     consolidated.safetensors  fp32 masters and moments, whole: for *resume* with any other layout
     versions/000010.safetensors   published bytes of the last lag + 1 versions: for resume and *inference*
+    average.safetensors       their moving average at the newest version, fp32, if one is kept: for both as well
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from protocol.errors import RunDirError
 
 PREFIX = "round-"
 CONSOLIDATED = "consolidated.safetensors"
+AVERAGE = "average.safetensors"
+
+Weights = Literal["live", "average"]
+"""The weights as last trained, or their moving average."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class Meta:
     """What a checkpoint is of: `Meta(round=10, step=40, skipped_updates=0, world_size=2, zero_stage=1,
     precision="fp32", digests={"9": "ab...", "10": "cd..."}, algorithm_state={})`: 10 rounds done, version 10 is next.
     `algorithm_state` is what the algorithm keeps between rounds besides the weights, `reward_state` what running means
-    of rewards do, `firewall_state` what the firewall has seen."""
+    of rewards do, `firewall_state` what the firewall has seen; `average_digest` and `average_steps` are of the moving
+    average of the weights, if one is kept."""
 
     round: int
     step: int
@@ -40,6 +46,13 @@ class Meta:
     algorithm_state: dict[str, Any]
     reward_state: dict[str, Any] = field(default_factory=dict)
     firewall_state: dict[str, Any] = field(default_factory=dict)
+    average_digest: str | None = None
+    average_steps: int = 0
+
+    def result(self, *, live: bool = False) -> Weights:
+        """Returns which of its weights are evaluated, sampled and exported: the moving average, if one is kept and
+        `live` does not ask for the newest version itself."""
+        return "live" if live or self.average_digest is None else "average"
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,12 @@ class Checkpoint:
     def version_bytes(self, version: int) -> bytes:
         """Returns the packed weights of one of its versions."""
         return (self.folder / "versions" / f"{version:06d}.safetensors").read_bytes()
+
+    def result_bytes(self, *, live: bool = False) -> bytes:
+        """Returns those weights, packed."""
+        if self.meta.result(live=live) == "live":
+            return self.version_bytes(self.meta.round)
+        return (self.folder / AVERAGE).read_bytes()
 
 
 def checkpoints_in(run_dir: Path) -> list[Checkpoint]:

@@ -32,8 +32,8 @@ UnitLoss = Callable[[Tensor, Tensor], tuple[Tensor, Metrics]]
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: the loss summed over ranks, the gradient's norm before clipping, or None where no rank had
-    any gradient, and means over ranks."""
+    """One optimizer step: the loss summed over ranks, the gradient's norm before clipping, or None where none was taken
+    (no rank had any gradient, or one overflowed in fp16), and means over ranks."""
 
     loss: float
     grad_norm: float | None
@@ -115,7 +115,8 @@ class Descent:
         return Step(float(self._engine.sum(totals.loss)), norm, self._means(totals.metrics))
 
     def _apply(self, probe: Probe, losses: Sequence[Callable[[], Tensor]]) -> float | None:
-        """One optimizer step; None, and none taken, where no rank has a gradient: AdamW would still decay weights."""
+        """One optimizer step; None, and none taken, where no rank has a gradient (AdamW would still decay weights), or
+        one overflows in fp16."""
         num_passes = self._most(len(losses))
         if num_passes == 0:
             return None
@@ -124,7 +125,8 @@ class Descent:
             return probe(self._engine.denoiser, probe.filler_1K).sum() * 0.0
 
         norm = self._engine.apply([*losses, *[idle] * (num_passes - len(losses))])
-        self._refuse_non_finite(torch.tensor(norm))
+        if norm is not None:
+            self._refuse_non_finite(torch.tensor(norm))
         return norm
 
     def _no_values(self, probe: Probe) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from diffusion.kernels import noised, predicted_noise_and_clean
 from diffusion.noise import normal
-from diffusion.schedules import noise_level
 from learner.algorithms.metrics import Metrics, by_quartile, mean_metric
 from learner.algorithms.sharpening import plain_error, sharpening_rlhf, sharpening_select, sharpening_sft
 from learner.batching import stack
@@ -99,7 +98,7 @@ class ExcursionUpdater:
 
     @property
     def _num_timesteps(self) -> int:
-        return len(self._tools.policy.alpha_bar)
+        return len(self._tools.policy.process)
 
     def _choose(self, groups: Sequence[Group], update: int) -> Chosen:
         """Selects by the groups' rewards, on all of them; a group whose candidates tie has no pair to learn from."""
@@ -146,18 +145,18 @@ class ExcursionUpdater:
     ) -> Noised:
         """Returns the states of the given candidates of each group, one candidate's M after the other's."""
         num_states, device = self._settings.excursion.num_states, self._tools.policy.device
-        states, noises, timesteps = [], [], []
+        states, targets, timesteps = [], [], []
         for group, chosen in zip(groups, numbers, strict=True):
             states_GMCHW = _padded(group, "states_GMCHW", num_states)
-            noise_GCHW = torch.from_numpy(group.array("noise_GCHW").astype("float32"))
+            target_GCHW = torch.from_numpy(group.array("target_GCHW").astype("float32"))
             timestep_M = _padded_timesteps(group, num_states)
             states.append(torch.cat([states_GMCHW[number] for number in chosen]))
-            noises.append(torch.cat([noise_GCHW[number].expand(num_states, -1, -1, -1) for number in chosen]))
+            targets.append(torch.cat([target_GCHW[number].expand(num_states, -1, -1, -1) for number in chosen]))
             timesteps.append(timestep_M.repeat(len(chosen)))
         empty = torch.zeros(0, num_candidates * num_states, *self._tools.policy.latent_shape_CHW)
         return Noised.of(
             (torch.stack(states) if states else empty).to(device),
-            (torch.stack(noises) if noises else empty).to(device),
+            (torch.stack(targets) if targets else empty).to(device),
             (torch.stack(timesteps) if timesteps else torch.zeros(empty.shape[:2], dtype=torch.long)).to(device),
             prompts,
         )
@@ -167,7 +166,7 @@ class ExcursionUpdater:
         left = [
             (u, min(others))
             for u, (group, numbers) in enumerate(zip(chosen.groups, chosen.numbers, strict=True))
-            if (others := set(range(len(group.array("noise_GCHW")))) - set(numbers))
+            if (others := set(range(len(group.array("target_GCHW")))) - set(numbers))
         ]
         rows, groups = [u for u, _ in left], [chosen.groups[u] for u, _ in left]
         noised = self._noised(groups, [(number,) for _, number in left], [group.prompt for group in groups], 1)
@@ -185,24 +184,26 @@ class ExcursionUpdater:
         x0_NCHW = torch.from_numpy(np.stack(x0)).view(-1, *shape_CHW).to(policy.device)
         noise_NCHW = torch.stack([normal(seed, shape_CHW) for seed in seeds]).to(policy.device)
         timestep_N = torch.arange(1, 2 * num_images, 2, device=policy.device) * self._num_timesteps // (2 * num_images)
-        states_NCHW = noised(x0_NCHW, noise_NCHW, noise_level(policy.alpha_bar, timestep_N))
+        target_NCHW = policy.process.target(noise_NCHW, x0_NCHW)
+        states_NCHW = noised(x0_NCHW, noise_NCHW, policy.process.level(timestep_N))
         prompts = [prompt for prompt, _ in self._held_out]
-        held_out = Noised.of(states_NCHW[:, None], noise_NCHW[:, None], timestep_N[:, None], prompts)
+        held_out = Noised.of(states_NCHW[:, None], target_NCHW[:, None], timestep_N[:, None], prompts)
         own = torch.arange(self._engine.rank, num_images, self._engine.world_size)
         return {"sharpening/heldout_error": mean_metric(self._evaluate(ErrorProbe(policy, held_out), own))}
 
     def _hold_out(self, groups: Sequence[Group]) -> list[list[str]]:
         """Returns prompts and fp16 latents of the first candidates' images of a round, the same on every rank."""
-        rows = []
+        process, rows = self._tools.policy.process, []
         for group in groups[:NUM_HELD_OUT]:
             timestep_1 = torch.from_numpy(group.array("state_timestep_M")[:1].astype("int64"))
-            first_1CHW, noise_1CHW = (
+            first_1CHW, target_1CHW = (
                 torch.from_numpy(array[None].astype("float32"))
-                for array in (group.array("states_GMCHW")[0, 0], group.array("noise_GCHW")[0])
+                for array in (group.array("states_GMCHW")[0, 0], group.array("target_GCHW")[0])
             )
-            level = noise_level(self._tools.policy.alpha_bar.cpu(), timestep_1)
-            _, x0_1CHW = predicted_noise_and_clean(first_1CHW, noise_1CHW, level, "epsilon")
-            data = base64.b64encode(x0_1CHW.numpy().astype("<f2").tobytes()).decode()
+            level = process.level(timestep_1.to(self._tools.policy.device))
+            first_1CHW, target_1CHW = first_1CHW.to(level.signal_N.device), target_1CHW.to(level.signal_N.device)
+            _, x0_1CHW = predicted_noise_and_clean(first_1CHW, target_1CHW, level, process.target_type)
+            data = base64.b64encode(x0_1CHW.cpu().numpy().astype("<f2").tobytes()).decode()
             rows.append((group.ticket_id, group.prompt, data))
         everyone = sorted(row for rows in self._engine.gather(rows) for row in rows)
         return [[prompt, data] for _, prompt, data in everyone[:NUM_HELD_OUT]]

@@ -80,6 +80,7 @@ class ImageUpdater:
         """Takes the round's optimizer steps."""
         report = UpdateReport()
         for place in self._tools.steps(round_):
+            self._update_encoder()
             units = self._units(self._tools.part(groups, place.part))
             if self._matches_beta and self._matched_beta is None:
                 self._matched_beta = self._match_beta(units)
@@ -88,6 +89,15 @@ class ImageUpdater:
                 self._check_start(probe)
             self._step(self._task(units, probe, round_, behaviour), place.rate, report)
         return report
+
+    def _update_encoder(self) -> None:
+        """Gives an encoder of the average the weights that the average has now."""
+        policy, average = self._tools.policy, self._engine.average
+        if self._encoder is None or policy.average_denoiser is None:
+            return
+        assert average is not None, "a recipe whose encoder has the average's weights keeps one"
+        own = dict(policy.average_denoiser.named_parameters())
+        average.each(lambda name, tensor: own[name].data.copy_(tensor))
 
     def _step(self, task: Task, rate: float, report: UpdateReport) -> None:
         # Where no rank has a unit that counts, no step is taken.
@@ -207,7 +217,7 @@ class ImageUpdater:
         if task.opponent_UK is not None:
             error_NK = torch.cat([error_NK, task.opponent_UK[unit_N]], dim=1)
         loss, loss_N, metrics = self._objective(task, error_NK, task.weight_U[unit_N])
-        timestep_N, num_timesteps = probe.noised.timestep_UK[unit_N, 0], len(self._tools.policy.alpha_bar)
+        timestep_N, num_timesteps = probe.noised.timestep_UK[unit_N, 0], len(self._tools.policy.process)
         quartiles = {
             **by_quartile("error", error_NK[:, 0], timestep_N, num_timesteps),
             **by_quartile("loss", loss_N, timestep_N, num_timesteps),

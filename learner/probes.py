@@ -1,7 +1,7 @@
 """Probes: the scalars of a network that a loss needs, and how they are evaluated (algorithms.md 0.5).
 
     TransitionProbe   log pi(x_{t-1} | x_t, c) of (group, sibling, step) items, guidance included
-    ErrorProbe        mean squared error of the predicted noise at noised images
+    ErrorProbe        mean squared error of the predicted noise, or a flow's velocity, at noised images
     WalkProbe         the same at states that the policy visits itself (Diffusion-Sharpening's released code)
     PerceptualProbe   mean squared error of features (NCP)
 
@@ -81,19 +81,21 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class TransitionProbe:
-    """Log-probabilities of a round's steps, (N,) fp64 latent_sum; with `ref_mean_PGTCHW` also each step's exact KL to
-    the pretrained model, (N, 2). Items are (group, sibling, step)."""
+    """Log-probabilities of a round's steps, (N,) fp64 latent_sum; with `ref_mean_PGTCHW` also each step's KL to the
+    pretrained model, (N, 2): the exact one, times `kl_factor_T` where that is given. Items are (group, sibling,
+    step)."""
 
     chain: Chain
     batch: RoundBatch
     ref_mean_PGTCHW: Tensor | None = None
+    kl_factor_T: Tensor | None = None
 
     width = 1
 
     @property
     def num_branches(self) -> int:
         """Two with guidance."""
-        return self.chain.sampler.num_branches
+        return self.chain.num_branches
 
     num_evaluations = num_branches
 
@@ -115,6 +117,8 @@ class TransitionProbe:
         ref_mean_NCHW = self.ref_mean_PGTCHW[tuple(item_NK.unbind(1))]
         scored_N = self.chain.schedule.scored_N[item_NK[:, 2]]
         kl_N = kernel_kl_latent_mean(scored.mean_NCHW, ref_mean_NCHW, scored.sigma_N, scored_N)
+        if self.kl_factor_T is not None:
+            kl_N = kl_N * self.kl_factor_T[item_NK[:, 2]]
         return torch.stack([scored.log_prob_N, kl_N.double()], dim=1)
 
     def means(self, denoiser: Denoiser, item_NK: Tensor) -> Tensor:
@@ -134,22 +138,23 @@ class TransitionProbe:
 
 @dataclass(frozen=True)
 class Noised:
-    """K noised latents of each of U units: states_UKCHW, the noise that is in them, timestep_UK, and one prompt a unit.
-    On the learner's device. One row more than units is a filler, of a rank that has no unit too."""
+    """K noised latents of each of U units: states_UKCHW, target_UKCHW (`Process.target`: the noise that is in them, or
+    a flow's velocity), timestep_UK, and one prompt a unit. On the learner's device. One row more than units is a
+    filler, of a rank that has no unit too."""
 
     states_UKCHW: Tensor
-    noise_UKCHW: Tensor
+    target_UKCHW: Tensor
     timestep_UK: Tensor
     prompts: tuple[str, ...]
 
     @staticmethod
-    def of(states_UKCHW: Tensor, noise_UKCHW: Tensor, timestep_UK: Tensor, prompts: Sequence[str]) -> Noised:
+    def of(states_UKCHW: Tensor, target_UKCHW: Tensor, timestep_UK: Tensor, prompts: Sequence[str]) -> Noised:
         """Adds the filler."""
 
         def longer(value: Tensor) -> Tensor:
             return torch.cat([value, torch.ones_like(value[:1]) if len(value) else value.new_ones(1, *value.shape[1:])])
 
-        return Noised(longer(states_UKCHW), longer(noise_UKCHW), longer(timestep_UK), (*prompts, ""))
+        return Noised(longer(states_UKCHW), longer(target_UKCHW), longer(timestep_UK), (*prompts, ""))
 
     def __len__(self) -> int:
         return len(self.prompts) - 1
@@ -157,8 +162,9 @@ class Noised:
 
 @dataclass(frozen=True)
 class ErrorProbe:
-    """Errors of the noise that the conditional branch predicts, latent_mean, (N, K) fp32; `with_reference` also the
-    pretrained model's, (N, 2 K), evaluated in the same micro-batch and without a graph. Items are (unit,)."""
+    """Errors of the noise, or a flow's velocity, that the conditional branch predicts, latent_mean, (N, K) fp32;
+    `with_reference` also the pretrained model's, (N, 2 K), evaluated in the same micro-batch and without a graph. Items
+    are (unit,)."""
 
     policy: Policy
     noised: Noised
@@ -204,13 +210,13 @@ class ErrorProbe:
         return Rows(
             unit_N.repeat_interleave(self.width),
             self.noised.states_UKCHW[unit_N].flatten(0, 1),
-            self.noised.noise_UKCHW[unit_N].flatten(0, 1),
+            self.noised.target_UKCHW[unit_N].flatten(0, 1),
             self.noised.timestep_UK[unit_N].flatten(),
             conditioning.repeat_interleave(self.width),
         )
 
     def _predict(self, denoiser: Denoiser, rows: Rows) -> Tensor:
-        return self.policy.predict_noise(denoiser, rows.state_NCHW, rows.timestep_N, rows.conditioning)
+        return self.policy.predict_target(denoiser, rows.state_NCHW, rows.timestep_N, rows.conditioning)
 
     def _visit(self, denoiser: Denoiser, rows: Rows) -> tuple[Rows, Tensor]:
         """Returns the states that policy and reference are evaluated at, and the policy's prediction."""
@@ -218,7 +224,7 @@ class ErrorProbe:
 
     def _error_of(self, rows: Rows) -> Callable[[Tensor], Tensor]:
         """Returns what gives the errors (N,) of a prediction (N, C, H, W)."""
-        return functools.partial(_noise_error, rows)
+        return functools.partial(_target_error, rows)
 
     def _noted(self, predicted_NCHW: Tensor, rows: Rows) -> list[Tensor]:  # noqa: ARG002
         """Returns what else is reported of the policy's prediction, (N,) each: nothing."""
@@ -231,13 +237,13 @@ class Rows:
 
     unit_N: Tensor
     state_NCHW: Tensor
-    noise_NCHW: Tensor
+    target_NCHW: Tensor
     timestep_N: Tensor
     conditioning: Conditioning
 
 
-def _noise_error(rows: Rows, predicted_NCHW: Tensor) -> Tensor:
-    return (predicted_NCHW - rows.noise_NCHW).square().flatten(1).mean(1)
+def _target_error(rows: Rows, predicted_NCHW: Tensor) -> Tensor:
+    return (predicted_NCHW - rows.target_NCHW).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -253,10 +259,12 @@ class WalkProbe(ErrorProbe):
         firsts = slice(None, None, self.num_states)
         conditioning = rows.conditioning[firsts]
         states_NMCHW, predicted_NMCHW = walk_again(
-            lambda state, timestep: self.policy.predict(denoiser, state, timestep, conditioning, 1.0),
+            lambda state, timestep: self.policy.predict(
+                denoiser, state, self.policy.process.told(timestep), conditioning, 1.0
+            ),
             rows.state_NCHW[firsts],
             rows.timestep_N.view(-1, self.num_states),
-            self.policy.alpha_bar,
+            self.policy.process,
             prediction_type=self.policy.prediction_type,
             wire_dtype=self.wire_dtype,
         )
@@ -297,12 +305,12 @@ class PerceptualProbe(ErrorProbe):
         return lambda predicted_NCHW: perceptual_error(predicted_NCHW, target, self.encoder)
 
     def _noted(self, predicted_NCHW: Tensor, rows: Rows) -> list[Tensor]:
-        return [_noise_error(rows, predicted_NCHW)]
+        return [_target_error(rows, predicted_NCHW)]
 
     def _target(self, rows: Rows) -> Target:
         return perceptual_target(
             rows.state_NCHW,
-            rows.noise_NCHW,
+            rows.target_NCHW,
             self.step_noise_UCHW[rows.unit_N],
             rows.conditioning,
             self._constants(rows.timestep_N, rows.unit_N),

@@ -82,7 +82,12 @@ class Scribe:
             peaks=rollout_peaks(said) | {"learner": max(peak for *_, peak in parts)},
         )
         ledger = ledger_row(done.number, receipts, done.digest, total, self._engine.world_size, done.left_out)
-        self._journal.write(metrics | self._iteration(done) | dict(done.looked), ledger)
+        self._journal.write(metrics | self._loss_scale() | self._iteration(done) | dict(done.looked), ledger)
+
+    def _loss_scale(self) -> dict[str, float]:
+        """In fp16: what losses are multiplied by, which a skipped update has halved if a gradient overflowed."""
+        scale = self._engine.loss_scale
+        return {} if scale is None else {"loss_scale": scale}
 
     def _iteration(self, done: Round) -> dict[str, int]:
         """In self-play: the iteration, from 0, and the steps that it has had."""

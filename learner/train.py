@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
 from diffusion.chain import Chain
-from diffusion.policy import Policy
 from diffusion.weights import unpack, weights_digest
 from learner import checkpoint
 from learner.checkpoint import Meta
@@ -21,9 +20,9 @@ from learner.company import Company, Said, role_of
 from learner.composition import Composition
 from learner.engine import Engine
 from learner.firewall import Verdict, Watchman
-from learner.restore import check_restored, restore_engine
+from learner.restore import check_restored, restore_engine, save_engine
 from learner.scribe import Round, Scribe
-from learner.update import Tools, UpdateReport
+from learner.update import Tools, UpdateReport, open_policy
 from learner.updaters import make_updater
 from learner.versions import Versions, VersionStore, copy_state
 from protocol.errors import RedisError, TrainingError
@@ -62,10 +61,7 @@ class LearnerRank:
         torch.set_num_threads(recipe.learner.threads)
         self._recipe, self._plan, self._run_dir = recipe, plan, run_dir
         self._streams, self._store, self._device = streams, store, device
-        self._policy = Policy.from_recipe(recipe, device, with_decoder=False)
-        self._policy.keep_reference()
-        if recipe.learner.gradient_checkpointing:
-            self._policy.forget_activations()
+        self._policy = open_policy(recipe, device)
         self._engine = Engine(self._policy.denoiser, recipe.learner, device)
         self._chain = Chain(self._policy, recipe.sampler)
         after_pass = functools.partial(self._report_progress, "learning")
@@ -103,7 +99,7 @@ class LearnerRank:
             self._checkpoint_if_due()
             self._publish(self._round)
             self._issue_due()
-        self._finish()
+        self._finish(self._engine.average.whole() if self._engine.average else None)
 
     def _begin(self) -> None:
         self._restore(checkpoint.newest_up_to(self._run_dir, self._resume_round))
@@ -188,7 +184,7 @@ class LearnerRank:
         is_current = version == self._round and not self._recipe.iterations
         behaviour = None if is_current or self._follows else lambda: self._holding(version)
         if self._recipe.iterations and self._round in self._plan.iteration_starts[1:]:
-            self._engine.forget_moments()
+            self._engine.start_afresh()
         report = self._updater.learn(collected.groups, self._round, behaviour)
         self._step += len(report.loss) - report.skipped
         self._skipped += report.skipped
@@ -286,16 +282,13 @@ class LearnerRank:
     def _checkpoint(self) -> None:
         folder = checkpoint.begin(self._run_dir, self._round) if self._is_first_rank else None
         folder = self._engine.broadcast(folder)
-        self._engine.save(folder / "state")
-        whole = self._engine.consolidated()
-        self._engine.barrier()
-        if whole is not None:
-            save_file(whole, folder / checkpoint.CONSOLIDATED)
+        average_digest = save_engine(self._engine, folder)
+        if self._is_first_rank:
             keep_last = self._recipe.checkpoints.keep_last
-            checkpoint.commit(folder, self._meta(), self._versions.packed(), keep_last)
+            checkpoint.commit(folder, self._meta(average_digest), self._versions.packed(), keep_last)
         self._engine.barrier()
 
-    def _meta(self) -> Meta:
+    def _meta(self, average_digest: str | None) -> Meta:
         learner = self._recipe.learner
         digests = {str(version): digest for version, digest in self._versions.digests.items()}
         return Meta(
@@ -309,6 +302,8 @@ class LearnerRank:
             self._updater.state(),
             self._composition.state(),
             self._watchman.state(),
+            average_digest,
+            self._engine.average.num_steps if self._engine.average else 0,
         )
 
     def _write(self, collected: Collected, report: UpdateReport, looked: Verdict, learner_s: float) -> None:
@@ -326,9 +321,12 @@ class LearnerRank:
         counts, self._collector.counts = self._collector.counts, Counts()
         self._scribe.write(done, collected, report, counts, self._updater.costs)
 
-    def _finish(self) -> None:
+    def _finish(self, average: Mapping[str, Tensor] | None = None) -> None:
+        """Exports the weights, or their average, which rank 0 has."""
         with self._engine.gathered():
             if self._is_first_rank:
+                if average is not None:
+                    self._policy.load_trainable_state(average)
                 self._policy.export(self._run_dir / "export")
         # Whoever leaves with an error ends the run, and with it those who are not done.
         self._engine.barrier()

@@ -178,13 +178,20 @@ class TrajectoryUpdater:
         """One optimizer step on one part of the round. `now_PGT` saves pass A."""
         num_parts = self._recipe.algorithm.inner_minibatches
         mine = frozen.part(place.part, num_parts)
-        probe = TransitionProbe(self._tools.chain, mine.batch, mine.ref_mean_PGTCHW)
+        probe = TransitionProbe(self._tools.chain, mine.batch, mine.ref_mean_PGTCHW, self._kl_factor_T)
         if now_PGT is not None and mine.ref_mean_PGTCHW is None:
             values = now_PGT.chunk(num_parts)[place.part]
         else:
             values = self._score_all(mine.batch, probe=probe)
         step = self._tools.descent.two_pass(probe, self._loss(mine), values)
         report.add(step, place.rate, summarise(step.means))
+
+    @property
+    def _kl_factor_T(self) -> Tensor | None:
+        """Flow-GRPO's KL is each step's exact one times its length."""
+        settings = self._recipe.algorithm
+        has_own = isinstance(settings, PolicyGradient) and settings.kl_form == "flow_grpo"
+        return self._tools.chain.schedule.length_N if has_own else None
 
     def _loss(self, mine: Frozen) -> Loss:
         """Returns the loss of one part as a function of its values."""

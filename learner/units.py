@@ -18,7 +18,6 @@ from torch import Tensor
 from diffusion.kernels import noised
 from diffusion.noise import normal
 from diffusion.policy import Policy
-from diffusion.schedules import noise_level
 from learner.algorithms.metrics import Metrics
 from learner.algorithms.selection import best_of_n, make_pairs, random_selection, selection_metrics
 from learner.batching import stack
@@ -108,7 +107,7 @@ def noise_units(
     """Noises every unit at one timestep, its members alike unless noise is not shared. `update` counts the passes over
     a round, each with draws of its own."""
     num_members, shape_CHW = units.x0_UKCHW.shape[1], policy.latent_shape_CHW
-    num_timesteps = len(policy.alpha_bar)
+    num_timesteps = len(policy.process)
     timesteps, noises, prompts = [], [], []
     for (ticket_id, number), prompt in zip(units.keys, units.prompts, strict=True):
         key = (ticket_id, number, update)
@@ -121,16 +120,17 @@ def noise_units(
     noise_UKCHW = (torch.stack(noises) if noises else empty).to(policy.device)
     timestep_U = torch.tensor(timesteps, dtype=torch.long, device=policy.device)
     timestep_UK = timestep_U[:, None].expand(-1, num_members)
-    level = noise_level(policy.alpha_bar, timestep_UK.flatten())
+    level = policy.process.level(timestep_UK.flatten())
     states_NCHW = noised(units.x0_UKCHW.flatten(0, 1), noise_UKCHW.flatten(0, 1), level)
-    return Noised.of(states_NCHW.view_as(noise_UKCHW), noise_UKCHW, timestep_UK, prompts)
+    target_UKCHW = policy.process.target(noise_UKCHW, units.x0_UKCHW)
+    return Noised.of(states_NCHW.view_as(noise_UKCHW), target_UKCHW, timestep_UK, prompts)
 
 
 def perception_draws(units: Units, policy: Policy, run_seed: int, update: int) -> tuple[Tensor, Tensor]:
     """Returns the step noise of each unit (U + 1, C, H, W) and its fresh timestep (U + 1,), with a filler last."""
     keys = [(*key, update) for key in (*units.keys, ("", 0))]
     noises = [normal(derive_seed(run_seed, Purpose.PERCEPTION_NOISE, *key), policy.latent_shape_CHW) for key in keys]
-    num_timesteps = len(policy.alpha_bar)
+    num_timesteps = len(policy.process)
     timesteps = [derive_seed(run_seed, Purpose.PERCEPTION_TIMESTEP, *key) % num_timesteps for key in keys]
     return torch.stack(noises).to(policy.device), torch.tensor(timesteps, device=policy.device)
 

@@ -46,6 +46,19 @@ class UpdateReport:
         self.details.append(details)
 
 
+def open_policy(recipe: Recipe, device: torch.device) -> Policy:
+    """Returns the policy that a learner trains, with the networks beside it that its algorithm needs: before an engine
+    wraps it."""
+    policy = Policy.from_recipe(recipe, device, with_decoder=False)
+    policy.keep_reference()
+    perception = getattr(recipe.algorithm, "perception", None)
+    if perception is not None and perception.encoder_weights == "ema":
+        policy.keep_average()
+    if recipe.learner.gradient_checkpointing:
+        policy.forget_activations()
+    return policy
+
+
 class Updater(Protocol):
     """Applies an algorithm to rounds of groups. All ranks call it together."""
 

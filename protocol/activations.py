@@ -47,9 +47,8 @@ SD3_LAYER, SD3_NORM, SD3_BACKWARD = (16.5, 21.1), (6.0, 8.1), (7.1, 3.5)
 AROUND_TRANSFORMER, FLUX_PASSING, SD3_PASSING = (1.5, 3.0), (16.0, 16.0), (15.2, 10.8)
 """Widths a token that are kept before and behind a transformer's layers, and what passes without a graph."""
 
-FLUX_IMAGE_TOKENS, FLUX_TEXT_TOKENS, SD3_TEXT_TOKENS = 4096, 512, 333
-"""FLUX's configuration does not say how large its images are: 1024 pixels a side, 16 a token. Prompts are T5's 512
-tokens, or CLIP's 77 and T5's 256."""
+FLUX_TEXT_TOKENS, SD3_TEXT_TOKENS = 512, 333
+"""Prompts are T5's 512 tokens, or CLIP's 77 and T5's 256."""
 
 
 @dataclass(frozen=True)
@@ -171,9 +170,9 @@ def _is_flux(config: Config) -> bool:
 
 def num_tokens(config: Config) -> int:
     """Returns a transformer's tokens of image and prompt."""
-    if _is_flux(config):
-        return FLUX_IMAGE_TOKENS + FLUX_TEXT_TOKENS
     height, width = _pair(config["sample_size"])
+    if _is_flux(config):
+        return height * width // 4 + FLUX_TEXT_TOKENS
     return height * width // int(config["patch_size"]) ** 2 + SD3_TEXT_TOKENS
 
 
@@ -184,10 +183,8 @@ def num_text_tokens(config: Config) -> int:
 
 def latent_shape_CHW(config: Config) -> tuple[int, int, int]:
     """Returns (C, H, W) of a network's latents. FLUX's are packed, two by two."""
-    if _is_flux(config):
-        side = 2 * math.isqrt(FLUX_IMAGE_TOKENS)
-        return config["in_channels"] // 4, side, side
-    return config["in_channels"], *_pair(config["sample_size"])
+    num_channels = config["in_channels"] // 4 if _is_flux(config) else config["in_channels"]
+    return num_channels, *_pair(config["sample_size"])
 
 
 def decoder_passing(config: Config, latent_area: int) -> int:

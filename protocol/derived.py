@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 from protocol.algorithms import (
     Cpo,
@@ -22,12 +20,14 @@ from protocol.algorithms import (
     Spin,
     SpinExact,
 )
+from protocol.base_model import check_base_model, check_starting_lora, told
 from protocol.datasets import locate
-from protocol.errors import ModelError, RecipeError
+from protocol.errors import RecipeError
+from protocol.models import ModelFacts, read_facts
 from protocol.paths import model_source
 from protocol.prompt_sets import check_exists, make_lists
 from protocol.recipe import Recipe
-from protocol.requirements import is_sampled, warnings
+from protocol.requirements import check_model, is_sampled, warnings
 
 BYTES = {"float16": 2, "float32": 4}
 MEMORY_HEADROOM = 4
@@ -38,33 +38,15 @@ MAX_GROUP_BYTES = 256 * 2**20
 """Redis refuses entries that approach 512 MiB; groups stay well below."""
 
 
-def latent_shape(source: str) -> tuple[int, int, int] | None:
-    """Returns (C, H, W) of a model folder's latents, or None for a hub id, which is not read here."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return None
-    try:
-        config = json.loads((folder / "unet" / "config.json").read_text())
-        size = config["sample_size"]
-        height, width = size if isinstance(size, list) else (size, size)
-        return config["in_channels"], height, width
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"the model folder {folder} has no readable unet/config.json: {error}",
-            expected="a text-to-image model in diffusers layout with a U-Net",
-            do="correct model.path",
-        ) from error
+def facts_of(recipe: Recipe) -> ModelFacts | None:
+    """Returns what the files of a recipe's base model say, or None for a hub id. Raises ModelError."""
+    return read_facts(model_source(recipe.model.path), recipe.model.resolution)
 
 
-def image_size(source: str) -> int | None:
-    """Returns the side of a model folder's images in pixels, or None for a hub id: its VAE halves at each block but
-    the last."""
-    shape_CHW = latent_shape(source)
-    if shape_CHW is None:
-        return None
-    config = json.loads((Path(source) / "vae" / "config.json").read_text())
-    side: int = shape_CHW[1] * 2 ** (len(config["block_out_channels"]) - 1)
-    return side
+def latent_shape(recipe: Recipe) -> tuple[int, int, int] | None:
+    """Returns (C, H, W) of a recipe's latents, or None for a hub id, which is not read here."""
+    facts = facts_of(recipe)
+    return facts.latent_shape_CHW if facts else None
 
 
 def group_bytes(recipe: Recipe, shape_CHW: tuple[int, int, int]) -> int:
@@ -108,16 +90,20 @@ def redis_bytes(recipe: Recipe, shape_CHW: tuple[int, int, int]) -> int:
 
 def check_before_start(recipe: Recipe) -> None:
     """Raises for what can be seen to fail without starting anything: model, prompts, sizes."""
-    shape_CHW = latent_shape(model_source(recipe.model.path))
+    check_base_model(model_source(recipe.model.path))
+    check_starting_lora(recipe.model)
+    facts = facts_of(recipe)
+    if facts is not None:
+        check_model(recipe, facts.prediction_type)
     for name in (recipe.prompts.train, recipe.prompts.held_out):
         if name is not None:
             check_exists(name)
     for dataset in recipe.data:
         locate(dataset.path)
-    if shape_CHW is None:
+    if facts is None:
         return
-    redis_bytes(recipe, shape_CHW)
-    size_bytes = group_bytes(recipe, shape_CHW)
+    redis_bytes(recipe, facts.latent_shape_CHW)
+    size_bytes = group_bytes(recipe, facts.latent_shape_CHW)
     if size_bytes > MAX_GROUP_BYTES:
         raise RecipeError(
             "a group is too large for one Redis entry",
@@ -132,6 +118,7 @@ def derived_numbers(recipe: Recipe) -> dict[str, str]:
     algorithm, batch, sampler, learner = recipe.algorithm, recipe.batch, recipe.sampler, recipe.learner
     num_steps = recipe.rounds * algorithm.num_steps_per_round
     numbers = {
+        **_lora(recipe),
         **_sources(recipe),
         "groups a round": f"{batch.num_groups}, {batch.num_groups // learner.world_size} a rank",
         "optimizer steps": f"{num_steps} ({algorithm.num_steps_per_round} a round)",
@@ -155,10 +142,15 @@ def derived_numbers(recipe: Recipe) -> dict[str, str]:
         **_firewall(recipe),
         **({"note": "; ".join(notes)} if (notes := warnings(recipe)) else {}),
     }
-    shape_CHW = latent_shape(model_source(recipe.model.path))
+    shape_CHW = latent_shape(recipe)
     if shape_CHW is None:
         return {**numbers, "latent shape": f"known once {recipe.model.path} is on disk"}
     return {**numbers, **_latent_numbers(recipe, shape_CHW)}
+
+
+def _lora(recipe: Recipe) -> dict[str, str]:
+    lora = recipe.model.lora
+    return {"starts from the LoRA": told(lora, check_starting_lora(recipe.model))} if lora else {}
 
 
 def _firewall(recipe: Recipe) -> dict[str, str]:
@@ -183,11 +175,17 @@ def _sources(recipe: Recipe) -> dict[str, str]:
     return {**numbers, **({"prompts dropped": lists.dropped} if lists.dropped else {})}
 
 
+def num_branches(recipe: Recipe) -> int:
+    """Returns how often a sampling step evaluates the network: twice with guidance, but for a model that is told it."""
+    facts = facts_of(recipe)
+    return 1 if recipe.sampler.guidance_scale == 1.0 or (facts is not None and facts.embeds_guidance) else 2
+
+
 def rollout_forwards(recipe: Recipe) -> int:
     """Returns the U-Net evaluations that rollouts make in a round, at most: excursions take the conditional branch."""
     num_steps = 0
     if "prompts" in recipe.source_kinds or recipe.iterations:
-        num_steps = recipe.sampler.num_steps * recipe.sampler.num_branches
+        num_steps = recipe.sampler.num_steps * num_branches(recipe)
     if isinstance(recipe.algorithm, SharpeningSft | SharpeningRlhf):
         num_steps += recipe.algorithm.excursion.num_states
     return recipe.batch.num_trajectories * num_steps
@@ -196,7 +194,7 @@ def rollout_forwards(recipe: Recipe) -> int:
 def learner_forwards(recipe: Recipe) -> int:
     """Returns the U-Net evaluations that the learner makes in a round, at most; a backward pass counts as two."""
     algorithm, batch, sampler = recipe.algorithm, recipe.batch, recipe.sampler
-    traversal = batch.num_trajectories * sampler.num_scored_steps * sampler.num_branches
+    traversal = batch.num_trajectories * sampler.num_scored_steps * num_branches(recipe)
     passes = algorithm.num_updates
     match algorithm:
         case Prdp():

@@ -90,7 +90,7 @@ class Process:
 
 def estimate(recipe: Recipe) -> list[Process] | None:
     """Returns what each kind of process holds at most, or None where the model is not on disk."""
-    files = read_model_files(model_source(recipe.model.path))
+    files = read_model_files(model_source(recipe.model.path), recipe.model.resolution)
     if files is None:
         return None
     followers = {follower.name: recipe.of_follower(follower.name) for follower in recipe.followers}
@@ -142,7 +142,10 @@ def _denoiser(recipe: Recipe, files: ModelFiles, learner: Learner) -> Iterator[I
     width, num_ranks = _width(recipe), learner.world_size
     is_full = isinstance(recipe.model.trainable, Full)
     total = files.num_denoiser + (0 if is_full else num_trained(recipe, files))
-    if learner.sharded_stage == 3 and num_ranks > 1:
+    if learner.offload_parameters:
+        yield Item("the denoiser's weights, this rank's part", width * total // num_ranks, "host", HALVE)
+        yield Item("weights while they are used", width * min(total, LIVE_ENTRIES), "device", HALVE)
+    elif learner.sharded_stage == 3 and num_ranks > 1:
         yield Item("the denoiser's weights, this rank's part", width * total // num_ranks, "device", HALVE)
         whole = min(total, LIVE_ENTRIES) * (num_ranks - 1) // num_ranks
         yield Item("weights gathered from other ranks", width * whole, "device", "set learner.zero_stage=2")
@@ -154,17 +157,20 @@ def _denoiser(recipe: Recipe, files: ModelFiles, learner: Learner) -> Iterator[I
 
 def optimizer_items(learner: Learner, trained: int) -> Iterator[Item]:
     """AdamW as DeepSpeed shards it: fp32 all of it, but for gradients on their way."""
-    stage, is_bf16, width = learner.sharded_stage, learner.precision == "bf16", 2 if learner.precision == "bf16" else 4
+    stage, is_half = learner.sharded_stage, learner.precision != "fp32"
+    width = 2 if is_half else 4
     part = trained // learner.world_size if stage else trained
     place = "host" if learner.offload_optimizer else "device"
     if stage:
         yield Item("fp32 masters", 4 * part, place, SHARD)
-    yield Item("AdamW's moments", 8 * part, place, SHARD)
+    yield Item("AdamW's moments", (2 if learner.optimizer == "adamw_8bit" else 8) * part, place, SHARD)
+    if learner.ema is not None:
+        yield Item("the moving average", 4 * part, place, SHARD)
     # In fp32 the backward pass leaves whole gradients, which are reduced once, at the end.
     yield Item("gradients", width * trained, "device", ADAPT)
-    if stage and not (is_bf16 and stage == 2):
-        yield Item("fp32 sums of gradients", 4 * (trained if is_bf16 and stage == 1 else part), place, SHARD)
-    if learner.num_gpus and (stage > 1 or (stage == 1 and not is_bf16)):
+    if stage and not (is_half and stage == 2):
+        yield Item("fp32 sums of gradients", 4 * (trained if is_half and stage == 1 else part), place, SHARD)
+    if learner.num_gpus and (stage > 1 or (stage == 1 and not is_half)):
         # On a CPU only what is written to becomes real memory.
         yield Item("DeepSpeed's bucket of gradients", width * BUCKET_ENTRIES, "device", "set learner.zero_stage=1")
 
@@ -174,7 +180,7 @@ def step_bytes(learner: Learner, trained: int) -> int:
     a flat copy of the gradients; offloaded, one more on its way back."""
     if learner.sharded_stage == 0:
         return 4 * trained
-    num_copies = 1 + (learner.precision == "bf16" or learner.sharded_stage == 3) + learner.offload_optimizer
+    num_copies = 1 + (learner.precision != "fp32" or learner.sharded_stage == 3) + learner.offload_optimizer
     return 4 * num_copies * trained // learner.world_size
 
 
@@ -183,7 +189,7 @@ def _of_micro_batch(recipe: Recipe, files: ModelFiles) -> Item:
     held = _activations(files, full=isinstance(recipe.model.trainable, Full))
     on_trajectories = recipe.algorithm.content == "trajectories"
     num_items = min(learner.micro_batch_size, _num_items(recipe))
-    num_latents = num_items * (recipe.sampler.num_branches if on_trajectories else 1)
+    num_latents = num_items * (_num_branches(recipe, files) if on_trajectories else 1)
     entries = held.checkpointed if learner.gradient_checkpointing else held.kept
     name = f"activations of {num_latents} latents"
     return Item(name, _width(recipe) * entries * num_latents, "device", LOWER_BATCH)
@@ -252,7 +258,7 @@ def _passing(recipe: Recipe, files: ModelFiles, shape_CHW: tuple[int, int, int])
     """Siblings are sampled in one batch, and so decoded; a sample grid likewise. Real images are encoded one by one."""
     area, full = math.prod(shape_CHW[1:]), isinstance(recipe.model.trainable, Full)
     num_images = max(recipe.batch.group_size, recipe.evaluation.grid_images)
-    sampled = num_images * recipe.sampler.num_branches * _activations(files, full=full).passing
+    sampled = num_images * _num_branches(recipe, files) * _activations(files, full=full).passing
     num_states = 1
     if isinstance(recipe.algorithm, SharpeningSft | SharpeningRlhf) and recipe.algorithm.select_on != "final_x0":
         num_states = recipe.algorithm.excursion.num_states
@@ -293,9 +299,14 @@ def _num_versions(recipe: Recipe) -> int:
     return 2 if recipe.iterations else recipe.lag + 1
 
 
+def _num_branches(recipe: Recipe, files: ModelFiles) -> int:
+    """Evaluations of a sampling step, in one batch."""
+    return 1 if recipe.sampler.guidance_scale == 1.0 or files.denoiser.get("guidance_embeds") else 2
+
+
 def _width(recipe: Recipe) -> int:
     """Bytes of the compute dtype."""
-    return 2 if recipe.learner.precision == "bf16" else 4
+    return 4 if recipe.learner.precision == "fp32" else 2
 
 
 def _not_empty(items: list[Item]) -> tuple[Item, ...]:

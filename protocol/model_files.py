@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Shapes = Mapping[str, tuple[int, ...]]
+from protocol.errors import ModelError
+from protocol.models import check_family, latent_shape, parts_of
+from protocol.tensor_header import read_part_shapes, weight_files
 
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-DENOISERS = ("unet", "transformer")
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,31 @@ class ModelFiles:
         return num_entries(self.shapes)
 
 
-def read_model_files(source: str) -> ModelFiles | None:
+def read_model_files(source: str, resolution: int | None = None) -> ModelFiles | None:
     """Returns what a model folder, or a hub id's copy in the local cache, says of itself, or None where it is not on
-    disk whole. No network is asked."""
+    disk whole. No network is asked. The denoiser's `sample_size` is that of images of `resolution` pixels. Raises
+    ModelError for a side that the model cannot make."""
     folder = model_folder(source)
     if folder is None:
         return None
-    part = next((part for part in DENOISERS if (folder / part).is_dir()), DENOISERS[0])
-    encoders = sorted(path.name for path in folder.glob("text_encoder*"))
     try:
-        shapes, vae, *text = (read_shapes(folder / name) for name in (part, "vae", *encoders))
-        configs = [json.loads((folder / name / "config.json").read_text()) for name in (part, "vae", *encoders)]
-    except (OSError, ValueError, KeyError):
+        pipeline = check_family(json.loads((folder / "model_index.json").read_text()).get("_class_name"), source)
+        parts = parts_of(folder)
+        encoders = [part for part in parts if part.startswith("text_encoder")]
+        shapes, vae, *text = (_shapes(folder / name) for name in (parts[0], "vae", *encoders))
+        denoiser, *configs = (
+            json.loads((folder / name / "config.json").read_text()) for name in (parts[0], "vae", *encoders)
+        )
+    except (OSError, ValueError, KeyError, ModelError):
         return None
+    _, *side = latent_shape(pipeline, denoiser, configs[0], resolution)
     return ModelFiles(
-        configs[0], configs[1], tuple(configs[2:]), shapes, num_entries(vae), sum(num_entries(each) for each in text)
+        {**denoiser, "sample_size": side},
+        configs[0],
+        tuple(configs[1:]),
+        shapes,
+        num_entries(vae),
+        sum(num_entries(each) for each in text),
     )
 
 
@@ -62,25 +73,12 @@ def model_folder(source: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def read_shapes(folder: Path) -> Shapes:
-    """Returns the shape of every tensor that `from_pretrained` would read from a folder. Raises OSError, KeyError or
-    ValueError where it is not whole."""
-    for name in WEIGHTS:
-        if (index := folder / f"{name}.index.json").exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return {tensor: shape for file in files for tensor, shape in _header(folder / file).items()}
-        if (folder / name).exists():
-            return _header(folder / name)
-    raise FileNotFoundError(f"{folder} has none of {', '.join(WEIGHTS)}")
+def _shapes(folder: Path) -> Shapes:
+    if not weight_files(folder):
+        raise FileNotFoundError(f"{folder} has no safetensors")
+    return read_part_shapes(folder)
 
 
 def num_entries(shapes: Shapes) -> int:
     """Returns how many entries tensors have in all."""
     return sum(math.prod(shape) for shape in shapes.values())
-
-
-def _header(file: Path) -> Shapes:
-    """Returns what a safetensors file's header says: its length in 8 bytes, then JSON."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}

@@ -15,6 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED_MODEL = ROOT / "assets" / "digits-base"
 
 
+SINGLE_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+
+
 def find_file(path: str) -> Path:
     """Returns the absolute path of an existing file named relative to the working directory or to ROOT."""
     for candidate in (Path(path).expanduser(), ROOT / path):
@@ -41,8 +44,36 @@ def model_source(path: str) -> str:
         value=path,
         expected="`embedded`, a hub id such as CompVis/stable-diffusion-v1-4, or a folder in diffusers layout "
         "(with model_index.json)",
-        do="correct model.path; a single-file checkpoint can be converted with diffusers",
+        do=f"correct model.path{_hint(Path(path).expanduser())}",
     )
+
+
+def _hint(place: Path) -> str:
+    """Returns what helps with a path that holds something else than a model."""
+    if run := run_of_checkpoint(place):
+        return f": checkpoints are for resuming; `sfumato export {run} --out DIR --form pipeline` makes a model of one"
+    if (place / "run.json").is_file():
+        return f": this is a run; `sfumato export {place} --out DIR --form pipeline` makes a model of it"
+    if place.is_file() and place.suffix in SINGLE_FILES:
+        code = f"from diffusers import StableDiffusionPipeline as P; P.from_single_file('{place}')"
+        code += f".save_pretrained('{place.stem}')"
+        return (
+            f": diffusers makes a folder of a single-file checkpoint (of XL by StableDiffusionXLPipeline; a pickle may "
+            f'run code): python -c "{code}"; if it is a LoRA, give its base model here, and it as model.lora.path'
+        )
+    if (place / "pytorch_lora_weights.safetensors").is_file():
+        return ": this is a LoRA; give its base model here, and the LoRA as model.lora.path"
+    return ""
+
+
+def run_of_checkpoint(place: Path) -> Path | None:
+    """Returns the run among whose checkpoints a path is; None for any other path."""
+    place = place.resolve()
+    return next((f.parent for f in (place, *place.parents) if f.name == "checkpoints" and _is_run(f.parent)), None)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file()
 
 
 def manifest_path(run_dir: Path, number: int) -> Path:

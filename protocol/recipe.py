@@ -17,7 +17,8 @@ from protocol.datasets import Dataset
 from protocol.firewall import Firewall
 from protocol.prompt_sets import Prompts
 from protocol.roles import LAYOUT, Learner, Placement, Reward
-from protocol.section import PositiveFloat, PositiveInt, Section
+from protocol.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from protocol.starting_lora import StartingLora
 
 RESERVED_LABELS = (
     "mean",
@@ -73,8 +74,12 @@ class Model(Section):
 
     path: str = "embedded"
     """A folder in diffusers layout, a hub id, or `embedded` for the digits model in assets/."""
+    lora: StartingLora | None = None
+    """A LoRA that is added into the base model first; null: none."""
     trainable: Trainable = Lora()
     """LoRA adapters or the full U-Net."""
+    resolution: PositiveInt | None = None
+    """Side of the images that are drawn and learnt from, in pixels; null: the model's own."""
 
 
 class Batch(Section):
@@ -91,17 +96,24 @@ class Batch(Section):
         return self.num_groups * self.group_size
 
 
+Kernel = Literal["ddim", "ddpm", "flow_grpo", "dance_grpo"]
+"""What draws a step and scores it (algorithms.md 0.6)."""
+
+
 class Sampler(Section):
     """How trajectories are drawn, and so how they are scored (algorithms.md 0.6)."""
 
-    kernel: Literal["ddim", "ddpm"] = "ddim"
-    """Transition kernel: DDIM with eta, or DDPM ancestral with the posterior variance."""
+    kernel: Kernel = "ddim"
+    """Transition kernel: DDIM with eta, or DDPM ancestral with the posterior variance; for flow-matching models the SDE
+    of Flow-GRPO or that of DanceGRPO."""
     num_steps: Annotated[int, Field(ge=1, le=1000)] = 20
     """T: denoising steps."""
     eta: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """DDIM's noise level; 0 is deterministic and has no density. DDPM ancestral is eta 1."""
+    """Noise level of DDIM, Flow-GRPO's a (0.7 there) or DanceGRPO's eta (0.3 there); 0 is deterministic and has no
+    density. DDPM ancestral is eta 1."""
     guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """Classifier-free guidance; 1 is off and costs one U-Net branch instead of two."""
+    """Classifier-free guidance; 1 is off and costs one evaluation a step instead of two. FLUX.1-dev is told it as a
+    number, as its pipeline does, and always evaluated once."""
     last_step: Literal["unscored", "clamp"] = "unscored"
     """`unscored`: the last step lands on the clean latent, without noise or density. `clamp`: it stops at
     timestep 0 with noise and is scored, as ddpo-pytorch does."""
@@ -111,10 +123,17 @@ class Sampler(Section):
     """Each drawn latent is rounded to this dtype before it is scored, fed on and sent."""
 
     @model_validator(mode="after")
-    def _ddpm_is_eta_one(self) -> Self:
+    def _kernel_has_its_settings(self) -> Self:
         if self.kernel == "ddpm" and self.eta != 1.0:
             raise ValueError("kernel ddpm is eta 1; remove eta or use kernel ddim")
+        if self.is_flow and self.last_step == "clamp":
+            raise ValueError(f"last_step: clamp is for ddim and ddpm; kernel {self.kernel} ends on the clean latent")
         return self
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the kernel is for flow-matching models."""
+        return self.kernel in ("flow_grpo", "dance_grpo")
 
     @property
     def num_scored_steps(self) -> int:
@@ -122,11 +141,6 @@ class Sampler(Section):
         if self.eta == 0:
             return 0
         return self.num_steps - (self.last_step == "unscored")
-
-    @property
-    def num_branches(self) -> int:
-        """U-Net branches a step evaluates: 2 with guidance."""
-        return 1 if self.guidance_scale == 1.0 else 2
 
 
 class Follower(Section):
@@ -147,11 +161,13 @@ class Redis(Section):
     """The trajectory buffer. It is disposable: whatever is lost in it is made again."""
 
     url: str | None = None
-    """redis:// or rediss:// URL of a server to attach to; null starts an embedded one on loopback."""
+    """URL of a server to attach to: redis://, or rediss:// for TLS, whose CA is ?ssl_ca_certs=FILE; of a Redis Cluster:
+    redis+cluster:// or rediss+cluster://; or `env:NAME`, the driver's environment variable that holds it. null starts
+    an embedded one on loopback."""
     maxmemory_bytes: PositiveInt | None = None
     """Memory limit of the embedded server; null: four times what the recipe can have in flight."""
     num_shards: PositiveInt | None = None
-    """Group streams; a multiple of learner.world_size. null: one a rank."""
+    """Group streams; a multiple of learner.world_size, and best of a Redis Cluster's servers. null: one a rank."""
     claim_idle_s: PositiveFloat = 60.0
     """A ticket whose worker shows no progress for this long is given to another."""
     reissue_after_s: PositiveFloat = 10.0
@@ -192,6 +208,8 @@ class Supervision(Section):
 
     start_timeout_s: PositiveFloat = 300.0
     """How long the processes of a run may take to start."""
+    node_timeout_s: NonNegativeFloat = 0.0
+    """How long a run may wait for nodes that an autoscaler starts for it; 0: what the roles ask for must be there."""
     stall_timeout_s: PositiveFloat = 1800.0
     """A learner rank or rollout actor without progress for this long is treated as dead."""
     answer_timeout_s: PositiveFloat = 60.0
@@ -353,6 +371,8 @@ class Recipe(Section):
             exclude={
                 **dict.fromkeys(("rollouts", "redis", "checkpoints", "evaluation", "supervision"), True),
                 "prompts": {"held_out"},
+                # A LoRA is what its file holds, wherever that is.
+                "model": {"lora": {"path"}} if self.model.lora and self.model.lora.digest else {},
                 "learner": {*place, *LAYOUT, "num_parity_probes", "parity_tolerance", "gradient_checkpointing"},
                 "rollout_worker": place,
                 "rewards": of_rewards,

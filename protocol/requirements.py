@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from protocol.algorithms import Cpo, Ddpo, NcpCpo, NcpDpo, NcpSft, SharpeningRlhf, SharpeningSft, Spin, SpinExact
+from protocol.algorithms import (
+    ALGORITHMS,
+    Cpo,
+    Ddpo,
+    NcpCpo,
+    NcpDpo,
+    NcpSft,
+    PolicyGradient,
+    Prediction,
+    SharpeningRlhf,
+    SharpeningSft,
+    Spin,
+    SpinExact,
+)
+from protocol.errors import RecipeError
 
 if TYPE_CHECKING:
     from protocol.algorithms import SourceKind
@@ -23,6 +37,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _sources(recipe)
     yield from _groups(recipe)
     yield from _densities(recipe)
+    yield from _kl_form(recipe)
     yield from _iterations(recipe)
     yield from _excursions(recipe)
     yield from _perception(recipe)
@@ -38,6 +53,43 @@ def problems(recipe: Recipe) -> Iterator[str]:
         yield f"followers: two have one name: {', '.join(sorted(names))}"
     if names and recipe.checkpoints.keep_last < 2:
         yield "checkpoints.keep_last: 1, but learners that resume together need 2: one may be a checkpoint ahead"
+
+
+KERNELS: dict[str, tuple[Prediction, ...]] = {
+    "ddim": ("epsilon", "v_prediction", "sample"),
+    "ddpm": ("epsilon", "v_prediction", "sample"),
+    "flow_grpo": ("flow",),
+    "dance_grpo": ("flow",),
+}
+"""The base models that a sampler's kernel is for, by what their networks predict."""
+
+
+def check_model(recipe: Recipe, prediction_type: str) -> None:
+    """Raises RecipeError where a recipe's algorithms or its sampler are not for a model that predicts this."""
+    fitting = [kernel for kernel, predictions in KERNELS.items() if prediction_type in predictions]
+    if not fitting:
+        raise RecipeError(
+            "the base model predicts something unknown",
+            value=prediction_type,
+            expected=f"one of {', '.join(get_args(Prediction))}",
+            do="choose another base model",
+        )
+    for algorithm in recipe.algorithms:
+        if prediction_type not in algorithm.predictions:
+            able = [name for name, kind in ALGORITHMS.items() if prediction_type in kind.predictions]
+            raise RecipeError(
+                f"algorithm {algorithm.name} cannot train a model that predicts {prediction_type}",
+                value=recipe.model.path,
+                expected=f"a model that predicts {' or '.join(algorithm.predictions)}",
+                do=f"choose another base model, or one of these algorithms: {', '.join(able)}",
+            )
+    if recipe.sampler.kernel not in fitting:
+        raise RecipeError(
+            f"sampler.kernel is not for a model that predicts {prediction_type}",
+            value=recipe.sampler.kernel,
+            expected=" or ".join(fitting),
+            do="correct sampler.kernel",
+        )
 
 
 def _behaviour(recipe: Recipe) -> Iterator[str]:
@@ -143,6 +195,15 @@ def _densities(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _kl_form(recipe: Recipe) -> Iterator[str]:
+    algorithm = recipe.algorithm
+    if isinstance(algorithm, PolicyGradient) and algorithm.kl_form == "flow_grpo" and not recipe.sampler.is_flow:
+        yield (
+            f"algorithm.kl_form: flow_grpo divides by a flow's step length, which kernel {recipe.sampler.kernel} does "
+            "not have; use exact"
+        )
+
+
 def _iterations(recipe: Recipe) -> Iterator[str]:
     total = sum(iteration.rounds for iteration in recipe.iterations)
     if recipe.iterations and total != recipe.rounds:
@@ -166,10 +227,14 @@ def _excursions(recipe: Recipe) -> Iterator[str]:
 
 
 def _perception(recipe: Recipe) -> Iterator[str]:
-    if isinstance(recipe.algorithm, NcpSft | NcpDpo | NcpCpo) and recipe.learner.precision != "fp32":
+    if not isinstance(recipe.algorithm, NcpSft | NcpDpo | NcpCpo):
+        return
+    if recipe.algorithm.perception.encoder_weights == "ema" and recipe.learner.ema is None:
+        yield "algorithm.perception.encoder_weights: ema, but no average is kept; set learner.ema: {decay: 0.999}"
+    if recipe.learner.precision != "fp32":
         yield (
             f"learner.precision: {recipe.learner.precision}; {recipe.algorithm.name} resolves differences of 1e-3 in a "
-            "latent, which bf16 rounds away: use fp32"
+            f"latent, which {recipe.learner.precision} rounds away: use fp32"
         )
 
 

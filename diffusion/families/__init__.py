@@ -1,5 +1,6 @@
 """Model families: what differs between base models, one class a page. A family is found by the pipeline's name in
-`model_index.json`; another one is a class with `pipeline`, `networks`, `encode` and `call`, and a line here."""
+`model_index.json`; another one is a class with what `StableDiffusion` has, a line here and a line in
+`protocol.models.FAMILIES`."""
 
 from __future__ import annotations
 
@@ -7,14 +8,17 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from diffusion.families.flux import Flux
 from diffusion.families.stable_diffusion import StableDiffusion
+from diffusion.families.stable_diffusion_3 import StableDiffusion3
 from diffusion.families.stable_diffusion_xl import StableDiffusionXl
 from protocol.errors import ModelError
+from protocol.models import check_family
 
-Family = StableDiffusion | StableDiffusionXl
+Family = StableDiffusion | StableDiffusionXl | StableDiffusion3 | Flux
 
 FAMILIES: dict[str, type[Family]] = {
-    family.pipeline.__name__: family for family in (StableDiffusion, StableDiffusionXl)
+    family.pipeline.__name__: family for family in (StableDiffusion, StableDiffusionXl, StableDiffusion3, Flux)
 }
 
 
@@ -29,12 +33,4 @@ def family_of(source: str) -> type[Family]:
             expected="a model in diffusers layout",
             do="check model.path; a hub id needs the network or a filled cache",
         ) from error
-    name = index.get("_class_name")
-    if name not in FAMILIES:
-        raise ModelError(
-            "the base model is of a family that is not supported",
-            value=f"{name} in {source}",
-            expected=f"one of {', '.join(FAMILIES)}",
-            do="choose a base model of one of these",
-        )
-    return FAMILIES[str(name)]
+    return FAMILIES[check_family(index.get("_class_name"), source)]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from protocol.errors import ModelError
 
 
 def load(kind: Any, source: str, part: str, **options: Any) -> Any:
-    """Returns a part of a model folder or hub id. Raises ModelError."""
-    return _explained(kind.from_pretrained, source, part, **options)
+    """Returns a part of a model folder or hub id; a network's weights are read from safetensors alone, never from
+    pickles. Raises ModelError."""
+    only = {"use_safetensors": True} if issubclass(kind, nn.Module) else {}
+    return _explained(kind.from_pretrained, source, part, **only, **options)
 
 
 def load_config(kind: Any, source: str, part: str) -> dict[str, Any]:
@@ -32,20 +37,26 @@ def _explained(read: Callable[..., Any], source: str, part: str, **options: Any)
 
 
 def check_tokenizer(tokenizer: Any, config: Any, source: str, part: str) -> None:
-    """transformers makes an empty tokenizer of a folder without its files, and says nothing."""
-    if tokenizer.model_max_length > config.max_position_embeddings or len(tokenizer) > config.vocab_size:
+    """transformers makes a tokenizer without words of a folder without its files, and says nothing."""
+    # T5's positions are relative, so that it has no longest text.
+    longest = getattr(config, "max_position_embeddings", math.inf)
+    if not config.vocab_size / 2 < len(tokenizer) <= config.vocab_size or tokenizer.model_max_length > longest:
         raise ModelError(
             f"the {part} of the base model is missing or does not belong to its text encoder",
             value=f"{len(tokenizer)} words, at most {tokenizer.model_max_length} tokens in {source}",
-            expected=f"at most {config.vocab_size} words and {config.max_position_embeddings} tokens",
+            expected=f"about {config.vocab_size} words, not more, and at most {longest} tokens",
             do=f"check the model's {part} folder",
         )
 
 
-def token_ids(tokenizer: Any, prompt: str) -> Any:
-    """Returns a prompt's tokens, (1, L), cut or filled to the length that the text encoder was trained on."""
+def token_ids(tokenizer: Any, prompt: str, length: int | None = None) -> Any:
+    """Returns a prompt's tokens, (1, L), cut or filled to a length: by default the tokenizer's own."""
     tokens = tokenizer(
-        prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        prompt,
+        padding="max_length",
+        max_length=length or tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
     )
     return tokens.input_ids
 

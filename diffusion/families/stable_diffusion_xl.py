@@ -11,15 +11,21 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from diffusion.conditioning import Conditioning
 from diffusion.families.loading import check_tokenizer, load, load_config, token_ids
+from diffusion.families.schedulers import DiffusionScheduler
+from protocol.models import vae_factor
 
 
 class StableDiffusionXl:
     """What Stable Diffusion XL does its own way. Images are asked for at the size that the model makes, not cropped."""
 
     pipeline = StableDiffusionXLPipeline
+    denoiser = UNet2DConditionModel
+    part = "unet"
+    embeds_guidance = False
 
-    def __init__(self, source: str, dtype: torch.dtype) -> None:
-        """Loads the text encoders of a folder or hub id. Raises ModelError."""
+    def __init__(self, source: str, dtype: torch.dtype, latent_shape_CHW: tuple[int, int, int]) -> None:
+        """Loads the text encoders and the scheduler of a folder or hub id. Raises ModelError."""
+        self.scheduler = DiffusionScheduler(source)
         self.tokenizers = [load(CLIPTokenizer, source, part) for part in ("tokenizer", "tokenizer_2")]
         self.text_encoders = [
             load(CLIPTextModel, source, "text_encoder", dtype=dtype),
@@ -29,14 +35,15 @@ class StableDiffusionXl:
             self.tokenizers, self.text_encoders, ("tokenizer", "tokenizer_2"), strict=True
         ):
             check_tokenizer(tokenizer, encoder.config, source, part)
-        side = image_side(source)
-        self._size = (side, side, 0, 0, side, side)
+        factor = vae_factor(load_config(AutoencoderKL, source, "vae"))
+        height, width = (factor * side for side in latent_shape_CHW[1:])
+        self._size = (height, width, 0, 0, height, width)
         self._empty_is_zero = bool(DiffusionPipeline.load_config(source).get("force_zeros_for_empty_prompt", True))
 
     @property
-    def networks(self) -> list[nn.Module]:
-        """What encodes text, to be frozen and put on a device."""
-        return [*self.text_encoders]
+    def networks(self) -> dict[str, nn.Module]:
+        """What encodes text, by part of the pipeline, to be frozen and put on a device."""
+        return dict(zip(("text_encoder", "text_encoder_2"), self.text_encoders, strict=True))
 
     def encode(self, prompt: str) -> Conditioning:
         """Returns one prompt, by itself: both encoders' last hidden layer but one, and the second's pooled text. The
@@ -61,11 +68,3 @@ class StableDiffusionXl:
             added_cond_kwargs={"text_embeds": conditioning.pooled_NP, "time_ids": conditioning.size_N6},
         ).sample
         return output
-
-
-def image_side(source: str) -> int:
-    """Returns the side in pixels of what a model makes: its autoencoder halves at each block but the last."""
-    unet = load_config(UNet2DConditionModel, source, "unet")
-    blocks = load_config(AutoencoderKL, source, "vae")["block_out_channels"]
-    side: int = unet["sample_size"] * 2 ** (len(blocks) - 1)
-    return side

@@ -6,11 +6,11 @@ Betas go by the names of what they multiply (algorithms.md 0.3): `beta_half` and
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
-from protocol.algorithms.base import Content, Fraction, Iteration, Passes, SourceKind
+from protocol.algorithms.base import Content, Fraction, Iteration, Passes, Prediction, SourceKind
 from protocol.algorithms.excursions import Excursion, SharpeningRlhf, SharpeningSft
 from protocol.algorithms.images import (
     Cpo,
@@ -28,6 +28,7 @@ from protocol.algorithms.images import (
 from protocol.algorithms.trajectories import Ddpo, PolicyGradient, Prdp, SpinExact
 
 __all__ = [
+    "ALGORITHMS",
     "Algorithm",
     "Content",
     "Cpo",
@@ -45,6 +46,7 @@ __all__ = [
     "Perception",
     "PolicyGradient",
     "Prdp",
+    "Prediction",
     "Sft",
     "SharpeningRlhf",
     "SharpeningSft",
@@ -71,3 +73,8 @@ Algorithm = Annotated[
     Field(discriminator="name"),
 ]
 """What `algorithm` in a recipe may hold."""
+
+ALGORITHMS: dict[str, type[Passes]] = {
+    get_args(kind.model_fields["name"].annotation)[0]: kind for kind in get_args(get_args(Algorithm)[0])
+}
+"""All of them, by name."""

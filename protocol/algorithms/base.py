@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -18,6 +18,10 @@ SourceKind = Literal["prompts", "images", "pairs"]
 """What a ticket starts from: a prompt to sample, a dataset's image, or its preference pair."""
 
 
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
+"""What a base model's network predicts: the noise, v, the clean latent, or a flow's velocity."""
+
+
 class Passes(Section):
     """What all algorithms share: how a round is cut into optimizer steps, and what they ask of a recipe."""
 
@@ -27,6 +31,8 @@ class Passes(Section):
     """What it can learn from."""
     min_group_size: ClassVar[int] = 1
     """The fewest siblings that it can learn from."""
+    predictions: ClassVar[tuple[Prediction, ...]] = get_args(Prediction)
+    """The base models that it can train, by what their networks predict."""
 
     num_updates: PositiveInt = 1
     """K: passes of inner updates over a round."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from protocol.algorithms.base import Fraction, Iteration, Passes, SourceKind
+from protocol.algorithms.base import Fraction, Iteration, Passes, Prediction, SourceKind
 from protocol.section import NonNegativeFloat, PositiveFloat, Section
 
 MATCH_DPO: Literal["match_dpo"] = "match_dpo"
@@ -47,8 +47,9 @@ class Perception(Section):
     blocks: Literal["down", "down_mid", "mid", "multi", "identity"] = "down"
     """Features: the last of the down blocks, of the middle block after them, both, those of every down block and the
     middle one, or the latent itself (a control: weighted noise-space errors)."""
-    encoder_weights: Literal["frozen_base", "random_init", "live"] = "frozen_base"
-    """Whose encoder: the pretrained model's, one with random weights (a control), or the one being trained."""
+    encoder_weights: Literal["frozen_base", "random_init", "ema", "live"] = "frozen_base"
+    """Whose encoder: the pretrained model's, one with random weights (a control), the moving average of the one being
+    trained (needs learner.ema), or that one itself."""
     input: Literal["tau_minus_1", "uniform"] = "tau_minus_1"
     """What it is fed: the state one DDPM step further with shared step noise, or re-noised to a fresh timestep."""
     norm: Literal["none", "relative", "k2"] = "none"
@@ -129,6 +130,9 @@ class _Cpo(_Preference):
 
 
 class _Perceptual(Section):
+    predictions: ClassVar[tuple[Prediction, ...]] = ("epsilon", "v_prediction", "sample")
+    """The embedding space is a U-Net's, one DDPM step further: flow-matching transformers have neither."""
+
     min_tau: Annotated[int, Field(ge=0, le=999)] = 1
     """Smallest training timestep that is drawn; at 0 every perceptual error is 0."""
     perception: Perception = Perception()

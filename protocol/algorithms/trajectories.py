@@ -42,7 +42,7 @@ class Prdp(Passes):
 
 class PolicyGradient(Passes):
     """Group-centred policy gradient: the baseline is the group's own mean (Flow-GRPO arXiv 2505.05470, DanceGRPO
-    arXiv 2505.07818, on this repository's kernels)."""
+    arXiv 2505.07818)."""
 
     name: Literal["policy_gradient"]
     """The algorithm."""
@@ -54,6 +54,9 @@ class PolicyGradient(Passes):
     """Reduction of log-ratios over latent entries before the exponential."""
     kl_coef: NonNegativeFloat = 0.0
     """Factor of the per-step KL to the pretrained model, latent_mean; 0 never evaluates that."""
+    kl_form: Literal["exact", "flow_grpo"] = "exact"
+    """`flow_grpo` divides by the variance per unit of time instead of the step's, as Flow-GRPO does: smaller by the
+    step's length. Its kernels only."""
 
     @property
     def window(self) -> float | None:

@@ -48,14 +48,14 @@ class GroupReader:
             raise ValueError("a reader needs at least one shard")
         self._streams = streams
         self._cursors = dict.fromkeys(shards, _START)
-        self._epoch: bytes | None = None
+        self._epochs: dict[int, bytes] = {}
 
     def read(self, *, block_s: float) -> list[Arrival]:
         """Returns the next groups and dead letters, oldest first in each shard; [] after at most `block_s`.
 
         Unreadable entries are kept among the dead letters and counted; the caller issues their tickets again.
         """
-        if self._epoch is None:
+        if not self._epochs:
             self._restart_if_emptied()
         entries = self._streams.read_after(self._cursors, block_s=block_s)
         if not entries:
@@ -82,11 +82,12 @@ class GroupReader:
 
     def _restart_if_emptied(self) -> None:
         """An emptied server may number its entries below the cursor, if its clock is behind the old one's."""
-        epoch = self._streams.epoch()
-        if self._epoch not in (None, epoch):
-            self._cursors = dict.fromkeys(self._cursors, _START)
+        epochs = {shard: self._streams.epoch(shard) for shard in self._cursors}
+        emptied = [shard for shard, epoch in self._epochs.items() if epoch != epochs[shard]]
+        if emptied:
+            self._cursors |= dict.fromkeys(emptied, _START)
             self._streams.count("readers_restarted")
-        self._epoch = epoch
+        self._epochs = epochs
 
     def _arrival(self, shard: int, entry_id: str, fields: Fields) -> Arrival:
         try:

@@ -1,6 +1,8 @@
 """The streams of a run: tickets out, groups back.
 
-Keys are `sfumato:{run_id}:{attempt}:<name>`; a resume starts a new attempt and deletes the old one's keys.
+Keys are `sfumato:RUN:ATTEMPT:<name>{tag}`; a resume starts a new attempt and deletes the old one's keys. A Redis
+Cluster places keys by their tags: a shard's keys share one, all others of a run share another. No command, pipeline of
+one transaction or answer needs more than one of these places, and each may lose what it holds without the others.
 
     tickets          issue -> [waiting] -- take --> [claimed] -- acknowledge --> gone
                                                      |     ^
@@ -16,7 +18,7 @@ Keys are `sfumato:{run_id}:{attempt}:<name>`; a resume starts a new attempt and 
 
     versions, counters, progress    hashes with one field a version, a counter, a role
     cursors          a hash with one field a follower's shard: how far it has read
-    epoch            a random mark; its loss tells a reader that the server was emptied
+    epoch:{shard}    a random mark; its loss tells a reader that the server of the shard was emptied
 
 Everything here may be lost or happen twice: the server may be emptied at any moment, and a command whose
 answer was lost is sent again, which can duplicate an entry or claim a ticket that nobody hears of. Learners
@@ -27,6 +29,8 @@ which the same call may be made again.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import re
 import secrets
@@ -37,11 +41,12 @@ from typing import Any
 
 import redis
 from redis import exceptions as redis_errors
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from protocol.codec import Fields, decode_ticket, encode_group, encode_ticket
 from protocol.errors import WireError
 from protocol.groups import Group
-from protocol.stream.connection import explain_errors
+from protocol.stream.connection import Client, address_of, explain_errors
 from protocol.tickets import Ticket
 
 WORKERS = "rollouts"
@@ -51,6 +56,12 @@ MAX_DEAD_LETTERS = 1000
 MAX_DEAD_LETTER_BYTES = 64 * 1024
 ENTRIES_PER_READ = 1
 """Per shard. A large model's group is tens of MB; reading 4 at once is a third slower, and all are held."""
+
+SWEEP_EVERY_S = 0.02
+"""How often a cluster is asked for groups of several shards, whose servers cannot be waited for with one command."""
+
+MAX_PLACES = 1024
+"""Places that a run's shards are dealt to; more than a Redis Cluster has servers."""
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
@@ -74,21 +85,23 @@ class QueueDepth:
 class Streams:
     """The keys of one attempt of a run. As safe to share between threads as redis-py's client is."""
 
-    def __init__(self, client: redis.Redis, *, run_id: str, attempt: int, num_shards: int) -> None:
+    def __init__(self, client: Client, *, run_id: str, attempt: int, num_shards: int) -> None:
         if not _RUN_ID.fullmatch(run_id) or attempt < 0 or num_shards < 1:
             raise ValueError(f"no keys for run {run_id!r}, attempt {attempt}, {num_shards} shards")
         # redis-py types an answer as a union of all that any command may return, sync or async.
         self._redis: Any = client
-        self._run_prefix = f"sfumato:{run_id}:"
+        self._is_cluster = isinstance(client, redis.RedisCluster)
+        self._run_id, self._run_prefix = run_id, f"sfumato:{run_id}:"
         self.attempt = attempt
         self.num_shards = num_shards
-        options = client.connection_pool.connection_kwargs
-        self.address = f"{options.get('host')}:{options.get('port')}"
-        self._longest_block_s = (options.get("socket_timeout") or 10.0) / 2
+        self.address = address_of(client)
+        self._longest_block_s = (client.get_connection_kwargs().get("socket_timeout") or 10.0) / 2
 
     def key(self, name: str) -> str:
         """Returns the full name of one of this attempt's keys, such as `groups:0`."""
-        return f"{self._run_prefix}{self.attempt}:{name}"
+        _, _, shard = name.partition(":")
+        tag = shard_tag(int(shard), self.num_shards) if shard else self._run_id
+        return f"{self._run_prefix}{self.attempt}:{name}{{{tag}}}"
 
     # --- an attempt -------------------------------------------------------------------------------------
 
@@ -237,8 +250,23 @@ class Streams:
         """Returns (shard, entry id, fields) of the next entries after each shard's cursor."""
         shards = {self.key(f"groups:{shard}").encode(): shard for shard in cursors}
         after = {self.key(f"groups:{shard}"): cursor for shard, cursor in cursors.items()}
-        found = self._redis.xread(after, count=ENTRIES_PER_READ, block=self._block_ms(block_s))
+        if self._is_cluster and len(after) > 1:
+            found = self._sweep(after, block_s)
+        else:
+            found = self._redis.xread(after, count=ENTRIES_PER_READ, block=self._block_ms(block_s))
         return [(shards[key], entry_id.decode(), fields) for key, entries in found for entry_id, fields in entries]
+
+    def _sweep(self, after: Mapping[str, str], block_s: float) -> list[Any]:
+        """What XREAD does, which takes no keys of several places."""
+        deadline = time.monotonic() + min(block_s, self._longest_block_s)
+        while True:
+            pipeline = self._redis.pipeline(transaction=False)
+            for key, cursor in after.items():
+                pipeline.xread({key: cursor}, count=ENTRIES_PER_READ)
+            found = [stream for answer in pipeline.execute() for stream in answer]
+            if found or time.monotonic() >= deadline:
+                return found
+            time.sleep(SWEEP_EVERY_S)
 
     @explain_errors
     def trim_through(self, shard: int, entry_id: str) -> None:
@@ -260,9 +288,9 @@ class Streams:
         return None if cursor is None else cursor.decode()
 
     @explain_errors
-    def epoch(self) -> bytes:
-        """Returns a mark that stays the same until the server is emptied."""
-        key = self.key("epoch")
+    def epoch(self, shard: int) -> bytes:
+        """Returns a mark that stays the same until the server of a shard is emptied."""
+        key = self.key(f"epoch:{shard}")
         # Looked up first: a full server refuses even a write that would change nothing.
         if self._redis.get(key) is None:
             self._redis.set(key, secrets.token_hex(8), nx=True)
@@ -330,6 +358,20 @@ class Streams:
         """Returns the last report of every role."""
         reports = self._redis.hgetall(self.key("progress"))
         return {role.decode(): json.loads(values) for role, values in sorted(reports.items())}
+
+
+@functools.cache
+def shard_tag(shard: int, num_shards: int) -> str:
+    """Returns a tag whose hash slot lies in the shard's own part of all slots, one of as many as there are shards.
+
+    A cluster's servers usually hold equal ranges of slots, and so equally many shards. Tags of chance would not do:
+    of 3 shards on 3 servers 2 would share one more often than not.
+    """
+    num_places = min(num_shards, MAX_PLACES)
+    numbers = map(str, itertools.count())
+    return next(
+        n for n in numbers if key_slot(n.encode()) * num_places // REDIS_CLUSTER_HASH_SLOTS == shard % num_places
+    )
 
 
 def _clipped(fields: Fields) -> dict[bytes, bytes]:

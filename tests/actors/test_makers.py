@@ -127,7 +127,7 @@ def trajectories(latent: str = "<f4") -> dict[str, tuple[str, tuple[int, ...]]]:
 REAL = {"real_x0_CHW": ("<f4", CHW)}
 OWN = {"x0_GCHW": ("<f4", (G, *CHW))}
 EXCURSIONS = {
-    "noise_GCHW": ("<f4", (G, *CHW)),
+    "target_GCHW": ("<f4", (G, *CHW)),
     "states_GMCHW": ("<f4", (G, M, *CHW)),
     "state_timestep_M": ("<i8", (M,)),
 }
@@ -196,7 +196,7 @@ def test_latents_travel_in_the_wires_dtype_and_nothing_else_does(open_workshop: 
 
 
 def test_scores_go_by_the_names_that_groups_have_for_them() -> None:
-    arrays = {"noise_GCHW": np.zeros((2, *CHW), np.float32)}
+    arrays = {"target_GCHW": np.zeros((2, *CHW), np.float32)}
     red, new = np.array([1, 2, 3, 4, 6, 8], np.float32), np.arange(6, dtype=np.float32)
     whole = Made(arrays, None, 3, 6).with_scores({"red": red, "new": new})
     assert whole.keys() == {*arrays, "state_reward_red_GM", "state_reward_new_GM"}
@@ -352,11 +352,11 @@ def test_an_excursion_starts_from_an_own_sample_noised_as_the_recipe_says(open_w
     ticket = workshop.tickets()[0]
     arrays = workshop.make(ticket).arrays
     drawn_GSCHW = workshop.chain.sample(ticket.prompt, ticket.seeds_G).latents_GSCHW.numpy()
-    rows_equal_first = [np.array_equal(one, arrays["noise_GCHW"][0]) for one in arrays["noise_GCHW"]]
+    rows_equal_first = [np.array_equal(one, arrays["target_GCHW"][0]) for one in arrays["target_GCHW"]]
     assert rows_equal_first == ([True] * G if noise == "shared" else [True, False, False])
-    assert np.array_equal(arrays["noise_GCHW"], drawn_GSCHW[:, 0]) == (noise == "coupled")
+    assert np.array_equal(arrays["target_GCHW"], drawn_GSCHW[:, 0]) == (noise == "coupled")
     signal, spread = signal_and_noise(workshop, arrays["state_timestep_M"][0])
-    expected = signal * drawn_GSCHW[:, -1] + spread * arrays["noise_GCHW"]
+    expected = signal * drawn_GSCHW[:, -1] + spread * arrays["target_GCHW"]
     np.testing.assert_allclose(arrays["states_GMCHW"][:, 0], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -364,9 +364,9 @@ def test_all_candidates_of_a_dataset_image_start_from_it(open_workshop: Open) ->
     workshop = open_workshop(ON_SCORED_IMAGES, SHARPENING_SFT)
     arrays = workshop.make(with_all_states(workshop)).arrays
     signal, spread = signal_and_noise(workshop, arrays["state_timestep_M"][0])
-    start_GCHW = (arrays["states_GMCHW"][:, 0] - spread * arrays["noise_GCHW"]) / signal
+    start_GCHW = (arrays["states_GMCHW"][:, 0] - spread * arrays["target_GCHW"]) / signal
     np.testing.assert_allclose(start_GCHW[1:], np.stack([start_GCHW[0]] * (G - 1)), atol=1e-3)
-    assert len({one.tobytes() for one in arrays["noise_GCHW"]}) == G
+    assert len({one.tobytes() for one in arrays["target_GCHW"]}) == G
 
 
 def test_states_are_a_stride_apart_and_as_many_as_there_is_room_for(open_workshop: Open) -> None:

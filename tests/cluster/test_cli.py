@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from cluster.cli import run_command_line
+from cluster.driver import default_run_dir
 from cluster.redis_server import RedisServer
 from protocol.recipe_file import dump_recipe, load_recipe
 from tests.models import make_tiny_model
@@ -272,12 +273,38 @@ def test_a_run_directory_below_a_file_is_refused(refused: Refused) -> None:
     assert "prompts.txt" in refused("train", "recipe.yaml", "--run-dir", "prompts.txt/run")
 
 
-def test_a_run_directory_in_a_ray_session_is_refused(refused: Refused, desk: Path) -> None:
-    session = desk / "ray" / "session_2026-01-01_00-00-00_000000_1"
+@pytest.mark.parametrize("folder", ["ray", "scratch"])
+def test_a_run_directory_in_a_ray_session_is_refused(refused: Refused, desk: Path, folder: str) -> None:
+    session = desk / folder / "session_2026-01-01_00-00-00_000000_1"
     session.mkdir(parents=True)
     message = refused("train", "recipe.yaml", "--run-dir", str(session / "run"))
     assert "inside Ray's session folder" in message
     assert "give one with --run-dir" in message
+
+
+def test_a_job_without_a_place_for_its_runs_is_told_how_to_give_one(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SFUMATO_RUNS", str(desk / "ray" / "session_2026-01-01_00-00-00_000000_1"))
+    assert run_command_line(["train", "recipe.yaml"]) == 2
+    message = capsys.readouterr().err
+    assert not (desk / "ray").exists()
+    assert "inside Ray's session folder" in message
+    assert "--run-dir, or set SFUMATO_RUNS" in message
+
+
+def test_runs_are_kept_where_the_environment_says(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_run_dir(Path("recipes/mine.yaml")).parent == Path("runs")
+    monkeypatch.setenv("SFUMATO_RUNS", "/mnt/runs")
+    assert default_run_dir(Path("recipes/mine.yaml")).parent == Path("/mnt/runs")
+
+
+def test_a_redis_url_of_a_variable_that_is_not_set_is_refused(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SFUMATO_REDIS_URL", raising=False)
+    message = refused(*train("redis.url=env:SFUMATO_REDIS_URL"))
+    assert "environment variable that is not set here" in message
 
 
 def test_a_directory_that_another_driver_uses_is_refused(refused: Refused, desk: Path) -> None:

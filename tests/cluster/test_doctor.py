@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from cluster import doctor, doctor_machine, doctor_model, doctor_packages
+from cluster import doctor, doctor_diffusers, doctor_machine, doctor_model, doctor_packages
 from cluster.cli import run_command_line
 from cluster.doctor_reference import PlainPipeline
 from cluster.finding import Finding, guarded
@@ -26,6 +26,7 @@ from learner.batching import stack_groups
 from protocol.recipe import Recipe
 from protocol.recipe_file import parse_recipe
 from protocol.stream import connect
+from tests.loras import write_kohya
 from tests.models import make_tiny_model
 
 SAMPLER = {"num_steps": 4, "guidance_scale": 2.0}
@@ -97,7 +98,7 @@ def patient_of(recipe: Recipe) -> doctor_model.Patient:
 def tables_of(recipe: Recipe) -> Iterator[Finding]:
     policy = Policy.from_recipe(recipe, with_decoder=False)
     pipeline = PlainPipeline(recipe.model.path, policy.dtype, "cpu")
-    return doctor_model.check_tables(Chain(policy, recipe.sampler), pipeline)
+    return doctor_diffusers.check_tables(Chain(policy, recipe.sampler), pipeline)
 
 
 def only(findings: Iterator[Finding]) -> Finding:
@@ -118,8 +119,8 @@ def test_a_sound_model_has_no_finding_and_every_comparison_has_a_number(
     compared = {
         "scheduler tables",
         "last step",
-        "noise prediction, unguided",
-        "noise prediction, guided",
+        "prediction, unguided",
+        "prediction, guided",
         "guidance 1",
         "log-probability",
         "batch size",
@@ -133,6 +134,16 @@ def test_a_sound_model_has_no_finding_and_every_comparison_has_a_number(
         assert number is not None
         assert limit is not None
         assert 0 <= number <= limit
+
+
+def test_the_base_with_a_lora_is_held_against_diffusers_with_that_lora(model: Path, tmp_path: Path) -> None:
+    lora = {"path": str(write_kohya(tmp_path / "style.safetensors", model)), "scale": 0.5}
+    recipe = recipe_of(model, model={"path": str(model), "lora": lora})
+    chain = Chain(Policy.from_recipe(recipe, with_decoder=False), recipe.sampler)
+    found = {f.name: f for f in doctor_diffusers.check_against_diffusers(chain, str(model), recipe.model.lora)}
+    assert found["prediction, guided"].verdict == "ok"
+    without = {f.name: f for f in doctor_diffusers.check_against_diffusers(chain, str(model), None)}
+    assert without["prediction, guided"].verdict == "error"
 
 
 @pytest.mark.parametrize(
@@ -161,14 +172,19 @@ def test_a_scheduler_that_bounds_its_estimates_disagrees_with_our_tables(changed
     assert "scheduler_config.json" in tables.do
 
 
-def test_what_the_pipeline_corrects_by_itself_is_held_against_the_corrected(changed_model: Any) -> None:
-    """Stable Diffusion's pipeline switches clipping off, as we do, and moves timesteps by one, as we do not."""
-    clipped, _ = tables_of(recipe_of(changed_model(clip_sample=True)))
-    assert clipped.verdict == "ok"
-    moved = list(tables_of(recipe_of(changed_model(steps_offset=0))))
-    assert [(finding.name, finding.verdict) for finding in moved] == [("scheduler tables", "error")]
-    assert "ours [750, 500, 250, 0], diffusers' [751, 501, 251, 1]" in moved[0].found
-    assert "steps_offset" in moved[0].do
+@pytest.mark.parametrize("outdated", [{"clip_sample": True}, {"steps_offset": 0}], ids=str)
+def test_what_the_pipeline_corrects_by_itself_we_correct_too(changed_model: Any, outdated: dict[str, Any]) -> None:
+    """Stable Diffusion's pipeline switches clipping off and moves timesteps by one, whatever its files say."""
+    assert [finding.verdict for finding in tables_of(recipe_of(changed_model(**outdated)))] == ["ok", "ok"]
+
+
+def test_timesteps_other_than_the_pipelines_are_found(model: Path, changed_model: Any) -> None:
+    recipe = recipe_of(changed_model(timestep_spacing="trailing"))
+    chain = Chain(Policy.from_recipe(recipe, with_decoder=False), recipe.sampler)
+    found = only(doctor_diffusers.check_tables(chain, PlainPipeline(str(model), torch.float32, "cpu")))
+    assert (found.name, found.verdict) == ("scheduler tables", "error")
+    assert "ours [999, 749, 499, 249], diffusers' [751, 501, 251, 1]" in found.found
+    assert "scheduler_config.json" in found.do
 
 
 def test_a_grid_that_diffusers_strides_past_is_told_from_wrong_tables(changed_model: Any) -> None:
@@ -184,10 +200,10 @@ def test_a_network_other_than_the_pipelines_is_found(model: Path) -> None:
     recipe = recipe_of(model)
     chain = Chain(Policy.from_recipe(recipe, with_decoder=False), recipe.sampler)
     pipeline = PlainPipeline(str(model), torch.float32, "cpu")
-    assert {finding.verdict for finding in doctor_model.check_predictions(chain, pipeline)} == {"ok"}
+    assert {finding.verdict for finding in doctor_diffusers.check_predictions(chain, pipeline)} == {"ok"}
     with torch.no_grad():
         chain.policy.denoiser.conv_out.bias += 1e-2
-    assert {finding.verdict for finding in doctor_model.check_predictions(chain, pipeline)} == {"error"}
+    assert {finding.verdict for finding in doctor_diffusers.check_predictions(chain, pipeline)} == {"error"}
 
 
 @pytest.mark.parametrize(

@@ -23,21 +23,23 @@ from safetensors.torch import load_file
 
 from actors.evaluator import Estimate, draw_images
 from cluster.cli import run_command_line
-from cluster.evaluate import Comparison, Evaluation, write_json
+from cluster.evaluate import Comparison, Evaluation, evaluate_run, write_json
 from cluster.export import export_run
-from cluster.model_card import METHODS
+from cluster.model_card import LORA_FILE, METHODS
 from cluster.run_dir import read_recipe
 from diffusion.chain import Chain
 from diffusion.fingerprint import fingerprint
 from diffusion.policy import Policy
 from diffusion.weights import pack, unpack, weights_digest
-from learner.checkpoint import Meta, begin, commit, latest_checkpoint
+from learner.checkpoint import AVERAGE, Meta, begin, commit, latest_checkpoint
+from protocol.base_model import pinned
 from protocol.paths import ROOT
 from protocol.recipe import Recipe
 from protocol.recipe_file import dump_recipe, load_recipe, parse_recipe
 from protocol.seeds import Purpose, derive_seed
 from protocol.tickets import evaluation_seeds
 from sfumato import PACKAGES
+from tests.loras import write_kohya
 from tests.models import make_tiny_model
 from tests.rewards.hub_cache import add_repository
 
@@ -115,7 +117,8 @@ def a_recipe(base: Path, **changes: Any) -> Recipe:
 
 
 def make_run(folder: Path, recipe: Recipe) -> Path:
-    """Writes a run of two rounds with a checkpoint of each, whose weights are random and far from the base's."""
+    """Writes a run of two rounds with a checkpoint of each, whose weights are random and far from the base's; an
+    average is half of them."""
     folder.mkdir()
     policy = Policy.from_recipe(recipe, with_decoder=False)
     generator = torch.Generator().manual_seed(3)
@@ -131,6 +134,10 @@ def make_run(folder: Path, recipe: Recipe) -> Path:
         digest = weights_digest(state)
         meta = Meta(version, version, 0, 1, 0, recipe.learner.precision, {str(version): digest}, {})
         draft = begin(folder, version)
+        if recipe.learner.ema:
+            average = {name: tensor.float() / 2 for name, tensor in state.items()}
+            meta = dataclasses.replace(meta, average_digest=weights_digest(average), average_steps=version)
+            (draft / AVERAGE).write_bytes(pack(average))
         (draft / "consolidated.safetensors").write_bytes(b"for resuming")
         commit(draft, meta, {version: pack(state)}, keep_last=2)
         with (folder / "ledger.jsonl").open("a") as ledger:
@@ -170,6 +177,9 @@ def exports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     half = make_run(desk / "half", a_recipe(model, learner={"precision": "bf16"}))
     sampler = {"num_steps": 4, "guidance_scale": 3.0, "last_step": "clamp"}
     guided = make_run(desk / "guided", a_recipe(model, sampler=sampler))
+    lora_and_scale = {"path": str(write_kohya(desk / "style.safetensors", model)), "scale": 0.75}
+    settings = {"path": str(model), "lora": lora_and_scale, "trainable": {"form": "lora", "rank": 3, "alpha": 12.0}}
+    started = make_run(desk / "started", pinned(a_recipe(model, model=settings)))
     made = {
         "adapter": Exported(lora, 2, desk / "a"),
         "older adapter": Exported(lora, 1, desk / "b"),
@@ -177,6 +187,8 @@ def exports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         "full": Exported(full, 2, desk / "d"),
         "fused in half precision": Exported(half, 2, desk / "e"),
         "guided adapter": Exported(guided, 2, desk / "f"),
+        "adapter on a lora": Exported(started, 2, desk / "g"),
+        "fused on a lora": Exported(started, 2, desk / "h"),
     }
     export_run(lora, made["adapter"].folder)
     export_run(lora, made["older adapter"].folder, version=1)
@@ -184,10 +196,15 @@ def exports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     export_run(full, made["full"].folder)
     export_run(half, made["fused in half precision"].folder, form="pipeline")
     export_run(guided, made["guided adapter"].folder)
+    export_run(started, made["adapter on a lora"].folder)
+    export_run(started, made["fused on a lora"].folder, form="pipeline")
     return made
 
 
-KINDS = ("adapter", "older adapter", "fused", "full", "fused in half precision", "guided adapter")
+KINDS = (
+    *("adapter", "older adapter", "fused", "full", "fused in half precision", "guided adapter"),
+    *("adapter on a lora", "fused on a lora"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +243,7 @@ def drawn(exports: dict[str, Exported], tmp_path_factory: pytest.TempPathFactory
 def our_images(export: Exported, *, tuned: bool = True) -> np.ndarray:
     """What our sampler draws of a version, without noise in its steps, as uint8 (N, H, W, 3)."""
     recipe = read_recipe(export.run)
-    policy = Policy(recipe.model.path, trainable=recipe.model.trainable, seed=recipe.seed)
+    policy = Policy(recipe.model.path, trainable=recipe.model.trainable, seed=recipe.seed, lora=recipe.model.lora)
     torch.set_num_threads(1)
     if tuned:
         (file,) = export.run.glob(f"checkpoints/*/versions/{export.version:06d}.safetensors")
@@ -277,6 +294,105 @@ def test_a_pipeline_is_the_bases_files_but_for_the_unet(exports: dict[str, Expor
     tuned, base = load_file(folder / weights), load_file(model / weights)
     assert {key: tensor.shape for key, tensor in tuned.items()} == {key: base[key].shape for key in base}
     assert {tensor.dtype for tensor in tuned.values()} == {torch.float32}
+
+
+def test_of_a_run_from_a_lora_the_text_encoder_is_written_anew(exports: dict[str, Exported], model: Path) -> None:
+    folder = exports["fused on a lora"].folder
+    same = {file for file in files(model) if (folder / file).read_bytes() == (model / file).read_bytes()}
+    anew = {file.split("/")[0] for file in files(model) - same}
+    assert anew == {"unet", "text_encoder"}
+    assert files(exports["adapter on a lora"].folder) == {"pytorch_lora_weights.safetensors", *CARD_AND_IMAGES}
+
+
+def test_the_card_names_the_lora_that_a_run_started_from(exports: dict[str, Exported]) -> None:
+    lora = read_recipe(exports["adapter on a lora"].run).model.lora
+    assert lora is not None
+    for name, told in (("adapter", "holds both, for the plain base model"), ("fused", "has it added in")):
+        card = exports[f"{name} on a lora"].card
+        assert f"The run started from the LoRA `{lora.path}` at scale 0.75; what is here {told}" in card
+        assert f"| LoRA that it started from, its file | `{lora.digest}` |" in card
+        assert "| base model's U-Net, and LoRA |" in card
+    assert "started from the LoRA" not in exports["adapter"].card
+
+
+@pytest.fixture
+def averaged(model: Path, tmp_path: Path) -> Path:
+    """A run that keeps an average."""
+    changes = {"learner": {"ema": {"decay": 0.99}}, "rewards": [{"name": "jpeg_compressibility"}]}
+    return make_run(tmp_path / "averaged", a_recipe(model, **changes))
+
+
+@pytest.mark.parametrize("weights", ["average", "live"])
+def test_of_a_run_with_an_average_that_is_exported_and_the_weights_if_asked_for(
+    averaged: Path, tmp_path: Path, weights: str
+) -> None:
+    policy, found = Policy.from_recipe(read_recipe(averaged), with_decoder=False), latest_checkpoint(averaged)
+    file = found.folder / (AVERAGE if weights == "average" else "versions/000002.safetensors")
+    policy.load_trainable_state(load_file(file))
+    policy.export(tmp_path / "expected")
+    told = export_run(averaged, tmp_path / "out", live=weights == "live")
+    own, expected = (load_file(tmp_path / name / LORA_FILE) for name in ("out", "expected"))
+    assert weights_digest(own) == weights_digest(expected)
+    card = (tmp_path / "out" / "README.md").read_text()
+    digest = found.meta.average_digest if weights == "average" else found.meta.digests["2"]
+    assert f"`{digest}`" in card
+    words = "a moving average of those trained, of decay 0.99" if weights == "average" else "as trained"
+    assert f"Its weights are {words}." in card
+    assert told["weights"] == words
+    # The run's last pictures are of what it leaves.
+    assert ("images/after.png" in files(tmp_path / "out")) == (weights == "average")
+
+
+def test_an_evaluation_is_of_the_average_and_shown_beside_that_alone(
+    averaged: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    scores = {}
+    (averaged / "three.txt").write_text("a red seven\n")
+    for live in (False, True):
+        result = evaluate_run(averaged, str(averaged / "three.txt"), live=live)
+        assert result.weights == ("live" if live else "average")
+        write_json(result, averaged / "evaluation.json")
+        scores[live] = result.rewards["jpeg_compressibility"].tuned.mean
+        assert result.rewards["jpeg_compressibility"].base.mean not in scores.values()
+    assert scores[False] != scores[True]
+    assert export_run(averaged, tmp_path / "a")["held-out table"].startswith("none")
+    assert export_run(averaged, tmp_path / "b", live=True)["held-out table"] == "1 prompts"
+    told = refused(averaged, "--out", tmp_path / "c", "--evaluation", averaged / "evaluation.json")
+    assert "of another version, or of other weights of it" in told
+
+
+def test_samples_of_a_run_are_its_averages(averaged: Path, tmp_path: Path) -> None:
+    def drawn(*options: str) -> bytes:
+        out = tmp_path / "drawn.png"
+        command = ["sample", str(averaged), "--prompt", PROMPT, "--out", str(out), "--num-images", "1", *options]
+        assert run_command_line(command) == 0
+        return out.read_bytes()
+
+    average, live = drawn(), drawn("--live")
+    assert average != live
+    shutil.copy(
+        latest_checkpoint(averaged).folder / AVERAGE, latest_checkpoint(averaged).folder / "versions/000002.safetensors"
+    )
+    assert drawn("--live") == average
+
+
+def test_a_version_whose_average_was_not_kept_is_refused_unless_its_weights_are_asked_for(
+    averaged: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    older, newer = sorted((averaged / "checkpoints").iterdir())
+    metas = [json.loads((folder / "meta.json").read_text()) for folder in (older, newer)]
+    (older / "versions" / "000001.safetensors").rename(newer / "versions" / "000001.safetensors")
+    (newer / "meta.json").write_text(json.dumps({**metas[1], "digests": metas[0]["digests"] | metas[1]["digests"]}))
+    assert export_run(averaged, tmp_path / "a", version=1)["version"].startswith("1, ")
+    shutil.rmtree(older)
+    assert "but not their average" in refused(averaged, "--out", tmp_path / "c", "--version", "1")
+    assert export_run(averaged, tmp_path / "b", version=1, live=True)["weights"] == "as trained"
+
+
+def test_a_damaged_average_is_refused(averaged: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    folder = latest_checkpoint(averaged).folder
+    shutil.copy(folder / "versions" / "000002.safetensors", folder / AVERAGE)
+    assert "is damaged" in refused(averaged, "--out", tmp_path / "out")
 
 
 def test_of_a_full_run_every_weight_is_the_published_one(exports: dict[str, Exported]) -> None:
@@ -437,7 +553,7 @@ def test_an_adapter_asked_of_a_full_run_is_refused(
     refused: Callable[..., str], exports: dict[str, Exported], tmp_path: Path
 ) -> None:
     message = refused(exports["full"].run, "--out", tmp_path / "out", "--form", "lora")
-    assert "trains the whole U-Net, so there is no adapter" in message
+    assert "trains the whole denoiser, so there is no adapter" in message
     assert "--form lora" in message
 
 
@@ -485,15 +601,11 @@ def test_another_base_model_than_the_runs_is_refused(
     assert f"the base model {base} is not the one that this run was trained from" in message
 
 
-@pytest.mark.parametrize("missing", ["vae/diffusion_pytorch_model.safetensors", "vae"])
 def test_a_base_model_that_cannot_be_copied_whole_is_refused_for_a_pipeline_alone(
-    refused: Callable[..., str], run: Path, model: Path, tmp_path: Path, missing: str
+    refused: Callable[..., str], run: Path, model: Path, tmp_path: Path
 ) -> None:
-    base = copied_base(run, model, tmp_path / "base")
-    if (base / missing).is_dir():
-        shutil.rmtree(base / missing)
-    else:
-        (base / missing).rename((base / missing).with_suffix(".bin"))
+    weights = copied_base(run, model, tmp_path / "base") / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
     message = refused(run, "--out", tmp_path / "out", "--form", "pipeline")
     assert "the vae of the base model has no files that could be copied" in message
     assert "export with --form lora" in message

@@ -113,6 +113,17 @@ def test_a_killed_server_can_be_restarted(tmp_path: Path) -> None:
             assert client.ping()
 
 
+def test_it_outlasts_a_sigterm_to_all_that_a_driver_has_started(tmp_path: Path) -> None:
+    with RedisServer(tmp_path) as server, connect(server.url, timeout_s=5.0) as client:
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGTERM)
+        time.sleep(0.5)  # Redis looks for a SIGTERM ten times a second.
+        assert client.ping()
+        pid = server.pid
+    assert pid is not None
+    assert not psutil.pid_exists(pid)
+
+
 def test_starting_and_stopping_may_be_repeated(tmp_path: Path) -> None:
     server = RedisServer(tmp_path)
     server.stop()

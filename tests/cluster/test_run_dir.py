@@ -159,6 +159,15 @@ def test_a_link_into_rays_session_folder_is_seen_through(tmp_path: Path, recipe:
     assert list(session.iterdir()) == []
 
 
+def test_a_redis_url_of_the_environment_is_kept_by_its_variables_name(
+    tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFUMATO_REDIS_URL", "redis://:hush@host:6380/0")
+    start(tmp_path / "run", make_recipe(prompts, redis={"url": "env:SFUMATO_REDIS_URL"}))
+    assert read_recipe(tmp_path / "run").redis.url == "env:SFUMATO_REDIS_URL"
+    assert not any("hush" in file.read_text() for file in (tmp_path / "run").rglob("*") if file.is_file())
+
+
 def test_a_driver_hears_how_many_rollout_actors_are_wanted_and_the_next_one_starts_afresh(
     tmp_path: Path, recipe: Recipe
 ) -> None:

@@ -18,6 +18,7 @@ import ray.exceptions
 
 from cluster import launch
 from cluster.attempt import start_error
+from cluster.nodes import check_cluster, roles
 from cluster.scoring import RewardPool, Scorer
 from cluster.weight_store import StoreClient
 from protocol.errors import RecipeError, RewardError
@@ -303,9 +304,9 @@ def test_bytes_outlive_the_process_that_published_them(store: Any) -> None:
 def test_a_cluster_that_could_never_place_the_roles_is_refused(rewards: Path) -> None:
     greedy = recipe_with(Reward(name=f"{rewards}:brightness", num_gpus=2.0, num_cpus=1000))
     with pytest.raises(RecipeError, match=r"ask for .*'CPU': 100.*'GPU': 2.* but the cluster has"):
-        launch.check_cluster(greedy)
+        check_cluster(greedy)
 
 
 def test_a_local_ray_has_room_for_every_role() -> None:
     settings = recipe_with(Reward(name="jpeg_compressibility", replicas=40))
-    assert launch.local_options(settings)["num_cpus"] >= sum(p.num_cpus * n for p, n in launch.roles(settings))
+    assert launch.local_options(settings)["num_cpus"] >= sum(p.num_cpus * n for p, n in roles(settings))

@@ -131,7 +131,9 @@ def test_a_unets_activations_are_those_of_diffusers(config: dict[str, Any], how:
 def test_a_transformers_activations_are_those_of_diffusers(family: str, how: str, full: bool) -> None:
     config = FLUX if family == "flux" else {**SD3, "qk_norm": "rms_norm" if "norms" in family else None}
     kind = FluxTransformer2DModel if family == "flux" else SD3Transformer2DModel
-    num_text, (channels, height, width) = num_text_tokens(config), latent_shape_CHW(config)
+    # FLUX's own configuration does not say how large its images are.
+    sized = {"sample_size": 64, **config}
+    num_text, (channels, height, width) = num_text_tokens(sized), latent_shape_CHW(sized)
 
     def inputs() -> dict[str, Any]:
         told = {
@@ -141,12 +143,12 @@ def test_a_transformers_activations_are_those_of_diffusers(family: str, how: str
         }
         if family != "flux":
             return {**told, "hidden_states": torch.zeros(1, channels, height, width)}
-        num_image = num_tokens(config) - num_text
+        num_image = num_tokens(sized) - num_text
         ids = {"img_ids": torch.zeros(num_image, 3), "txt_ids": torch.zeros(num_text, 3)}
         return {**told, **ids, "hidden_states": torch.zeros(1, num_image, 64)}
 
     counted = entries_of(lambda: kind(**config), inputs, how, full=full)
-    assert getattr(transformer_activations(config, full=full), how) == pytest.approx(counted, rel=MARGIN)
+    assert getattr(transformer_activations(sized, full=full), how) == pytest.approx(counted, rel=MARGIN)
 
 
 def test_an_autoencoders_activations_are_those_of_diffusers() -> None:

@@ -18,6 +18,7 @@ from diffusion.excursion import Network, Start, Visited, draw_start, excursion, 
 from diffusion.kernels import PredictionType, predicted_noise_and_clean
 from diffusion.noise import initial_noise, step_noise
 from diffusion.policy import Policy
+from diffusion.process import VariancePreserving
 from protocol.algorithms import Excursion
 from protocol.recipe import Lora, Sampler
 from protocol.tickets import Source, TicketPlan
@@ -34,6 +35,7 @@ SCHEDULER = DDIMScheduler(
     steps_offset=1,
 )
 ALPHA_BAR = SCHEDULER.alphas_cumprod.double()
+PROCESS = VariancePreserving(ALPHA_BAR)
 
 
 def settings(**changes: Any) -> Excursion:
@@ -61,7 +63,7 @@ def run(
     **changes: Any,
 ) -> Visited:
     """An excursion of a network that is a function, without rounding unless asked."""
-    schedule = excursion_schedule(ALPHA_BAR, start.timestep, settings(**changes))
+    schedule = excursion_schedule(PROCESS, start.timestep, settings(**changes))
     if step_noise_MGCHW is None:
         step_noise_MGCHW = torch.zeros(len(schedule), *start.x0_GCHW.shape)
     return walk(network, start, schedule, step_noise_MGCHW, prediction_type=prediction_type, wire_dtype=wire_dtype)
@@ -106,13 +108,13 @@ def make_chain(policy: Policy, **sampler: Any) -> Chain:
     [(0, [0]), (39, [39]), (40, [40, 0]), (79, [79, 39]), (80, [80, 40, 0]), (999, [999, 959, 919])],
 )
 def test_an_excursion_of_stride_40_has_as_many_states_as_fit(first: int, timesteps: list[int]) -> None:
-    assert excursion_schedule(ALPHA_BAR, first, settings()).timestep_N.tolist() == timesteps
+    assert excursion_schedule(PROCESS, first, settings()).timestep_N.tolist() == timesteps
 
 
 @given(st.integers(0, 999), st.integers(1, 30), st.integers(1, 200))
 def test_timesteps_fall_by_the_stride_and_never_below_zero(first: int, num_states: int, stride: int) -> None:
     wanted = settings(num_states=num_states, stride=stride)
-    timesteps = excursion_schedule(ALPHA_BAR, first, wanted).timestep_N.tolist()
+    timesteps = excursion_schedule(PROCESS, first, wanted).timestep_N.tolist()
     assert timesteps[0] == first
     assert timesteps == list(range(first, first - stride * len(timesteps), -stride))
     assert timesteps[-1] >= 0
@@ -122,7 +124,7 @@ def test_timesteps_fall_by_the_stride_and_never_below_zero(first: int, num_state
 @pytest.mark.parametrize("first", [-1, 1000])
 def test_a_timestep_outside_of_training_is_refused(first: int) -> None:
     with pytest.raises(ValueError, match="cannot start at timestep"):
-        excursion_schedule(ALPHA_BAR, first, settings())
+        excursion_schedule(PROCESS, first, settings())
 
 
 # The states.
@@ -204,7 +206,7 @@ def again(network: Network, visited: Visited, prediction_type: PredictionType = 
     states_GMCHW, wire_dtype = visited.states_GMCHW.double(), visited.states_GMCHW.dtype
     timestep_GM = visited.timestep_M.expand(len(states_GMCHW), -1)
     return walk_again(
-        network, states_GMCHW[:, 0], timestep_GM, ALPHA_BAR, prediction_type=prediction_type, wire_dtype=wire_dtype
+        network, states_GMCHW[:, 0], timestep_GM, PROCESS, prediction_type=prediction_type, wire_dtype=wire_dtype
     )
 
 
@@ -226,7 +228,7 @@ def test_each_candidate_goes_to_timesteps_of_its_own() -> None:
         some_network,
         states_NMCHW[:, 0],
         timestep_NM,
-        ALPHA_BAR,
+        PROCESS,
         prediction_type="epsilon",
         wire_dtype=torch.float64,
     )
@@ -370,7 +372,7 @@ def test_a_policys_clean_latents_are_predicted_at_the_states_it_sends(
     policy = request.getfixturevalue(name)
     start = Start(613, *(normal(3, *SHAPE, seed=seed).float() for seed in (1, 2)))
     visited = excursion(make_chain(policy, wire_dtype="float16"), PROMPT, SEEDS, start, settings(eta=0.5))
-    constants = excursion_schedule(policy.alpha_bar, start.timestep, settings())
+    constants = excursion_schedule(policy.process, start.timestep, settings())
     for index, timestep in enumerate(visited.timestep_M.tolist()):
         state, timestep_G = visited.states_GMCHW[:, index].float(), torch.full((3,), timestep)
         with torch.no_grad():

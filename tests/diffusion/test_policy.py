@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -169,11 +170,11 @@ def test_predicted_noise_is_the_conditional_branchs_whatever_the_network_predict
     epsilon, velocity = load(tiny_model), load(tiny_velocity_model)
     states, timesteps, embeddings = items(epsilon)
     output = predict(epsilon)
-    assert torch.equal(epsilon.predict_noise(epsilon.denoiser, states, timesteps, embeddings), output)
+    assert torch.equal(epsilon.predict_target(epsilon.denoiser, states, timesteps, embeddings), output)
     # v = A noise - S x0 and x = A x0 + S noise, so noise = A v + S x; the two models' networks are the same.
     alpha_bar = epsilon.alpha_bar.double()[timesteps].view(-1, 1, 1, 1)
     expected = alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * states
-    found = velocity.predict_noise(velocity.denoiser, states, timesteps, embeddings)
+    found = velocity.predict_target(velocity.denoiser, states, timesteps, embeddings)
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
 
 
@@ -184,14 +185,14 @@ def test_only_the_trainable_part_takes_gradients(tiny_model: str) -> None:
     assert full.trainable_state().keys() == dict(full.denoiser.named_parameters()).keys()
     for policy in (lora, full):
         assert policy.vae is not None
-        for frozen in (policy.vae, *policy.family.networks):
+        for frozen in (policy.vae, *policy.family.networks.values()):
             assert not any(p.requires_grad for p in frozen.parameters())
 
 
 def test_all_networks_are_in_eval_mode(tiny_model: str) -> None:
     policy = load(tiny_model)
     assert policy.vae is not None
-    for network in (policy.denoiser, policy.vae, *policy.family.networks):
+    for network in (policy.denoiser, policy.vae, *policy.family.networks.values()):
         assert not any(module.training for module in network.modules())
 
 
@@ -312,10 +313,30 @@ def test_an_exported_full_unet_is_the_trained_one(tiny_model: str, tmp_path: Pat
 
 def test_half_precision_policy_and_reference_share_their_dtype(tiny_model: str) -> None:
     policy = load(tiny_model, dtype=torch.bfloat16)
-    dtypes = {p.dtype for p in (*policy.denoiser.parameters(), *policy.family.networks[0].parameters())}
+    dtypes = {p.dtype for p in (*policy.denoiser.parameters(), *policy.family.networks["text_encoder"].parameters())}
     assert dtypes == {torch.bfloat16}
     assert torch.equal(predict(policy), predict_reference(policy))
     assert predict(policy).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_an_autoencoder_that_overflows_in_fp16_computes_in_fp32(
+    tiny_xl_model: Path, tmp_path: Path, dtype: torch.dtype, force_upcast: bool
+) -> None:
+    source = shutil.copytree(tiny_xl_model, tmp_path / "model")
+    config = source / "vae" / "config.json"
+    assert json.loads(config.read_text())["force_upcast"]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"force_upcast": force_upcast}))
+    policy, exact = load(str(source), dtype=dtype), load(str(source))
+    upcast = dtype == torch.float16 and force_upcast
+    assert policy.denoiser.dtype == dtype
+    assert {p.dtype for p in policy.vae.parameters()} == {torch.float32 if upcast else dtype}
+    # Beyond fp16, as activations of the real one are.
+    latents = 1e5 * items(exact)[0]
+    images = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
+    assert np.array_equal(policy.decode(latents), exact.decode(latents)) == upcast
+    assert torch.equal(policy.encode(images)[0], exact.encode(images)[0]) == upcast
 
 
 def test_the_prediction_type_and_schedule_are_the_models_own(tiny_model: str, tiny_velocity_model: str) -> None:

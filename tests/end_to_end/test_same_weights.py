@@ -14,6 +14,7 @@ import torch
 
 from cluster.redis_server import RedisServer
 from tests.end_to_end.runs import Driver, Run, finished, sfumato
+from tests.redis_cluster import RedisCluster, keys_of
 
 TWO_RANKS = "learner.world_size=2"
 UNBROKEN = {lag: ("rounds=6", f"lag={lag}", TWO_RANKS) for lag in (0, 1, 2)}
@@ -150,6 +151,17 @@ def test_an_external_redis_changes_nothing_and_its_password_is_not_kept(
     found = subprocess.run(["grep", "-rl", password, str(folder)], capture_output=True, text=True, check=False)
     assert found.stdout == ""
     assert password not in process.stdout + process.stderr
+
+
+@SLOW
+def test_a_redis_cluster_changes_nothing_and_keeps_nothing(
+    train: Callable[..., Run], workshop: Path, redis_cluster: RedisCluster
+) -> None:
+    folder = workshop / "clustered"
+    settings = [f"redis.url={redis_cluster.url}", "redis.num_shards=6", TWO_RANKS, "rollouts=2", "lag=1"]
+    process = sfumato("train", "recipe.yaml", *settings, "rounds=6", "--run-dir", folder, cwd=workshop)
+    assert finished(process, folder).digests == train(*UNBROKEN[1]).digests
+    assert [keys_of(member) for member in redis_cluster.members] == [[], [], []]
 
 
 WEIGHT_TOLERANCE = 1e-5

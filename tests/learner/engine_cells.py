@@ -14,18 +14,21 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffusion.policy import Policy
+from diffusion.policy import DTYPES, Policy
 from diffusion.weights import weights_digest
 from learner.engine import MASTER, Engine
 from protocol.recipe import Full, Lora
-from protocol.roles import Learner
+from protocol.roles import Average, Learner
 
 NUM_STEPS, NUM_BATCHES = 4, 2
+DECAY = 0.22
+"""Above (1 + n) / (10 + n) in the first two steps, and below afterwards."""
 HALF = NUM_STEPS // 2
 
 
@@ -36,30 +39,30 @@ class Cell:
     form: str
     stage: int
     precision: str
-    offload: bool = False
+    offload: Literal["", "optimizer", "parameters", "both"] = ""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
 
     @property
     def name(self) -> str:
-        return f"{self.form}-stage{self.stage}-{self.precision}{'-offload' if self.offload else ''}"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return f"{self.form}-stage{self.stage}-{self.precision}{self.offload and '-offload-' + self.offload}"
 
     def learner(self, world_size: int) -> Learner:
         return Learner(
             world_size=world_size,
             zero_stage=self.stage,
             precision=self.precision,
-            offload_optimizer=self.offload,
+            offload_optimizer=self.offload in ("optimizer", "both"),
+            offload_parameters=self.offload in ("parameters", "both"),
             learning_rate=1e-3,
             weight_decay=1e-2,
             max_grad_norm=0.5,
+            optimizer=self.optimizer,
+            ema=Average(decay=DECAY),
         )
 
     def policy(self, model: str) -> Policy:
         trainable = Lora(rank=4, alpha=4) if self.form == "lora" else Full(form="full")
-        return Policy(model, trainable=trainable, seed=0, dtype=self.dtype, with_decoder=False)
+        return Policy(model, trainable=trainable, seed=0, dtype=DTYPES[self.precision], with_decoder=False)
 
     def with_other_stage(self) -> Cell:
         """The cell whose checkpoint this one also reads."""
@@ -67,12 +70,14 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """All 16 cells, and the optimizer offloaded where there is one to offload."""
-    matrix = [Cell(f, s, p) for f in ("lora", "full") for s in range(4) for p in ("fp32", "bf16")]
-    return matrix + [Cell("lora", stage, "fp32", offload=True) for stage in (1, 2, 3)]
+    """All 24 cells, and the optimizer and parameters offloaded where there are any to offload."""
+    matrix = [Cell(f, s, p) for f in ("lora", "full") for s in range(4) for p in ("fp32", "bf16", "fp16")]
+    optimizer = [Cell("lora", stage, "fp32", "optimizer") for stage in (1, 2, 3)]
+    both = [Cell("full", 3, "bf16", "both"), Cell("lora", 2, "fp16", "optimizer")]
+    return [*matrix, *optimizer, Cell("lora", 3, "fp32", "parameters"), *both]
 
 
-FEW = (Cell("lora", 3, "fp32"), Cell("lora", 2, "bf16"))
+FEW = (Cell("lora", 3, "fp32"), Cell("lora", 2, "bf16"), Cell("lora", 0, "fp32"))
 """What the suite trains; the rest is slow."""
 
 
@@ -116,13 +121,23 @@ class Training:
         whole: dict[str, Tensor] = self.engine.broadcast(self.engine.consolidated())
         return {name.removeprefix(f"{MASTER}/"): t for name, t in whole.items() if name.startswith(MASTER)}
 
+    def average(self) -> dict[str, Tensor]:
+        assert self.engine.average
+        whole: dict[str, Tensor] = self.engine.broadcast(self.engine.average.whole())
+        return whole
+
+    def take_up_average(self, whole: dict[str, Tensor]) -> Training:
+        assert self.engine.average
+        self.engine.average.load(whole, HALF)
+        return self
+
     def take_up(self, file: Path) -> Training:
         self.engine.load_consolidated(load_file(file), HALF, make_losses(self.policy, self.engine.denoiser, 0)[0])
         return self
 
 
 def reference(cell: Cell, model: str) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
-    """The same training by torch alone: fp32 masters, gradients summed in fp32, AdamW.
+    """The same training by torch alone: fp32 masters, gradients summed in fp32, AdamW; in fp16 of a scaled loss.
 
     Returns masters at the start and at the end, and the gradient norms.
     """
@@ -137,20 +152,35 @@ def reference(cell: Cell, model: str) -> tuple[dict[str, Tensor], dict[str, Tens
         eps=settings.adam_eps,
         weight_decay=settings.weight_decay,
     )
-    norms = []
+    norms, scale = [], 2.0**16 if cell.precision == "fp16" else 1.0
     for step in range(NUM_STEPS):
         for master in masters.values():
             master.grad = torch.zeros_like(master)
         for loss in make_losses(policy, policy.denoiser, step):
-            gradients = torch.autograd.grad(loss(), list(live.values()))
+            gradients = torch.autograd.grad(loss() * scale, list(live.values()))
             for master, gradient in zip(masters.values(), gradients, strict=True):
                 assert master.grad is not None
-                master.grad += gradient.float()
+                master.grad += gradient.float() / scale
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), settings.max_grad_norm)))
         optimizer.step()
         for name, parameter in live.items():
             parameter.data.copy_(masters[name].detach())
     return start, {name: master.detach() for name, master in masters.items()}, norms
+
+
+def averaged(training: Training, first: int, last: int, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Trains on; returns what the average must then be, by its formula, of the masters after each step."""
+    average = before
+    for step in range(first, last):
+        masters = training.run(step, step + 1).masters()
+        weight = 1 - min(DECAY, (1 + step) / (10 + step))
+        average = {name: tensor + (masters[name] - tensor) * weight for name, tensor in average.items()}
+    return average
+
+
+def are_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two states have the same bits."""
+    return weights_digest(one) == weights_digest(other)
 
 
 def gap(one: dict[str, Tensor], other: dict[str, Tensor], start: dict[str, Tensor]) -> float:
@@ -164,15 +194,21 @@ def examine(cell: Cell, model: str, world_size: int, folder: Path) -> dict[str, 
     """Trains a cell unbroken, repeated, resumed from DeepSpeed's files, and resumed from consolidated ones."""
     start, end, norms = reference(cell, model)
     mine = f"{cell.name}-{world_size}"
-    unbroken = Training(cell, model, world_size).run(0, HALF)
+    unbroken = Training(cell, model, world_size)
+    starts_there = are_equal(unbroken.average(), unbroken.masters())
+    expected = averaged(unbroken, 0, HALF, unbroken.masters())
+    average = unbroken.average()
     unbroken.engine.save(folder / mine)
     if (whole := unbroken.engine.consolidated()) is not None:
         save_file(whole, folder / f"{mine}.safetensors")
+        save_file(average, folder / f"{mine}-average.safetensors")
     unbroken.engine.barrier()
     at_half = unbroken.digest()
-    masters, digest = unbroken.run(HALF, NUM_STEPS).masters(), unbroken.digest()
+    expected_last = averaged(unbroken, HALF, NUM_STEPS, average)
+    masters, digest = unbroken.masters(), unbroken.digest()
     resumed = Training(cell, model, world_size)
     resumed.engine.load(folder / mine)
+    resumed.take_up_average(average)
     own = Training(cell, model, world_size).take_up(folder / f"{mine}.safetensors")
     result: dict[str, object] = {
         "gap_to_adamw": gap(masters, end, start),
@@ -182,10 +218,16 @@ def examine(cell: Cell, model: str, world_size: int, folder: Path) -> dict[str, 
         "resumes": resumed.run(HALF, NUM_STEPS).digest() == digest,
         "consolidated_carries_the_weights": own.digest() == at_half,
         "consolidated_gap": gap(own.run(HALF, NUM_STEPS).masters(), masters, start),
+        "average_is_its_formula": are_equal(average, expected) and are_equal(unbroken.average(), expected_last),
+        "average_starts_as_the_masters": starts_there,
+        "average_resumes": are_equal(resumed.average(), expected_last),
+        "average_leaves_masters": are_equal(unbroken.masters(), masters),
     }
     for origin in other_origins(cell, folder):
-        other = Training(cell, model, world_size).take_up(folder / f"{origin}.safetensors").run(HALF, NUM_STEPS)
-        result[f"gap_from_{origin}"] = gap(other.masters(), masters, start)
+        other = Training(cell, model, world_size).take_up(folder / f"{origin}.safetensors")
+        average = load_file(folder / f"{origin}-average.safetensors")
+        result[f"average_from_{origin}"] = are_equal(other.take_up_average(average).average(), average)
+        result[f"gap_from_{origin}"] = gap(other.run(HALF, NUM_STEPS).masters(), masters, start)
     return result
 
 

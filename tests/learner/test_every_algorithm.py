@@ -23,6 +23,7 @@ from learner.algorithms.selection import make_pairs
 from learner.checkpoint import checkpoints_in, latest_checkpoint
 from learner.engine import Engine
 from learner.train import LearnerRank
+from protocol.derived import num_branches
 from protocol.errors import TrainingError
 from protocol.groups import Group
 from protocol.recipe import Recipe
@@ -354,7 +355,7 @@ def parity_forward(run: Run, *, on_policy: bool) -> int:
     # Self-play evaluates its opponent as a network of its own, also where that is the policy.
     is_other = not on_policy or bool(run.recipe.iterations)
     networks = 1 if run.recipe.algorithm.name == "prdp" else 2 + is_other
-    return probed * networks * run.recipe.sampler.num_branches
+    return probed * networks * num_branches(run.recipe)
 
 
 def frozen_forward(run: Run, row: Mapping[str, Any], *, on_policy: bool) -> int:
@@ -371,7 +372,7 @@ def frozen_forward(run: Run, row: Mapping[str, Any], *, on_policy: bool) -> int:
 def test_a_trajectory_costs_the_learner_what_the_table_says(trained: Trained, name: str) -> None:
     run = trained(name)
     algorithm = run.recipe.algorithm
-    traversal = P * G * NUM_SCORED * run.recipe.sampler.num_branches
+    traversal = P * G * NUM_SCORED * num_branches(run.recipe)
     width = 2 if algorithm.name == "spin_exact" else 1
     # Pass A of the first step is at hand, but for the KL's, which was not asked of the rollouts.
     reused = 0 if getattr(algorithm, "kl_coef", 0) > 0 else 1 / algorithm.inner_minibatches
@@ -390,13 +391,13 @@ def test_a_trajectory_costs_the_learner_what_the_table_says(trained: Trained, na
 
 def price_of_sampling(run: Run, groups: Sequence[Group]) -> int:
     """U-Net evaluations of rollouts (algorithms.md 7.2): of each sample T steps, and of an excursion M more."""
-    sampler, price = run.recipe.sampler, 0
+    price, branches = 0, num_branches(run.recipe)
     for group in groups:
         if {"latents_GSCHW", "x0_GCHW"} & set(group.arrays):
-            price += G * T * sampler.num_branches
+            price += G * T * branches
         if "states_GMCHW" in group.arrays:
             from_prompt = run.recipe.source_kinds == ("prompts",)
-            price += G * (len(group.array("state_timestep_M")) + from_prompt * T * sampler.num_branches)
+            price += G * (len(group.array("state_timestep_M")) + from_prompt * T * branches)
     return price
 
 

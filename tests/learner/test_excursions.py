@@ -47,7 +47,7 @@ def excursion_group(model: str, index: int, starts: range = range(100, 1000)) ->
     reward_GM = np.repeat(np.array([[0.9], [0.5], [0.1]], np.float32), num_states, axis=1)
     return make_group(
         index,
-        noise_GCHW=start.noise_GCHW.to(chain.wire_dtype).numpy(),
+        target_GCHW=start.noise_GCHW.to(chain.wire_dtype).numpy(),
         states_GMCHW=visited.states_GMCHW.numpy(),
         state_timestep_M=visited.timestep_M.numpy(),
         state_reward_GM=reward_GM,
@@ -200,7 +200,7 @@ def test_the_plain_error_is_that_of_the_first_candidate_that_was_not_selected(
     """The first is best, and for RLHF the last is worst."""
 
     def error_of(number: int) -> float:
-        alike = {name: groups[0].array(name)[[number] * G] for name in ("states_GMCHW", "noise_GCHW")}
+        alike = {name: groups[0].array(name)[[number] * G] for name in ("states_GMCHW", "target_GCHW")}
         only = with_arrays(groups[0], **alike)
         return details_of(Bench(tiny_model, SFT), [only])["sharpening/error_selected"]
 
@@ -217,12 +217,12 @@ def test_a_reward_for_easy_noise_lowers_the_selected_error_with_no_weight_change
     bench = Bench(tiny_model, SFT)
     easy = []
     for group in groups:
-        noise_GMCHW = np.repeat(group.array("noise_GCHW")[:, None], M, axis=1).astype(np.float32)
+        noise_GMCHW = np.repeat(group.array("target_GCHW")[:, None], M, axis=1).astype(np.float32)
         states = torch.from_numpy(group.array("states_GMCHW").astype(np.float32)).flatten(0, 1)
         timestep = torch.from_numpy(group.array("state_timestep_M")).repeat(G)
         embedding = bench.policy.condition([group.prompt]).expand(G * M)
         with torch.no_grad():
-            predicted = bench.policy.predict_noise(bench.policy.denoiser, states, timestep, embedding)
+            predicted = bench.policy.predict_target(bench.policy.denoiser, states, timestep, embedding)
         error_GM = (predicted.numpy().reshape(noise_GMCHW.shape) - noise_GMCHW).reshape(G, M, -1)
         easy.append(with_arrays(group, state_reward_GM=-np.square(error_GM).mean(2).astype(np.float32)))
     hard = [with_arrays(group, state_reward_GM=-group.array("state_reward_GM")) for group in easy]
@@ -233,7 +233,7 @@ def test_a_reward_for_easy_noise_lowers_the_selected_error_with_no_weight_change
 
 
 def test_where_everyone_is_selected_nothing_is_compared(tiny_model: str, groups: list[Group]) -> None:
-    names = ("states_GMCHW", "noise_GCHW", "state_reward_GM", "reward_G")
+    names = ("states_GMCHW", "target_GCHW", "state_reward_GM", "reward_G")
     pairs = [with_arrays(group, **{name: group.array(name)[:2] for name in names}) for group in groups]
     details = details_of(Bench(tiny_model, RLHF), pairs)
     assert not {"sharpening/error_plain", "sharpening/selected_minus_plain"} & details.keys()
@@ -275,7 +275,7 @@ def test_the_held_out_error_is_that_of_the_first_candidates_images_at_the_middle
     states = noised(x0, noise, noise_level(policy.alpha_bar, timestep))
     with torch.no_grad():
         embedding = policy.condition([group.prompt for group in chosen])
-        predicted = policy.predict_noise(policy.denoiser, states, timestep, embedding)
+        predicted = policy.predict_target(policy.denoiser, states, timestep, embedding)
     assert measured == pytest.approx((predicted - noise).square().mean().item(), rel=1e-3)
 
 

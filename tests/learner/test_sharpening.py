@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from diffusion.excursion import Start, Visited, excursion_schedule, walk
+from diffusion.process import VariancePreserving
 from learner.algorithms.metrics import Metrics
 from learner.algorithms.sharpening import (
     Selection,
@@ -26,6 +27,7 @@ from learner.two_pass import differentiate
 from protocol.algorithms import Excursion
 
 ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+PROCESS = VariancePreserving(ALPHA_BAR)
 
 
 def tensor(values: object) -> Tensor:
@@ -505,7 +507,7 @@ class Denoiser(torch.nn.Module):
 def take_excursion(denoiser: Denoiser, rows: Tensor, noise_NCHW: Tensor) -> Visited:
     """Excursions of some of the candidates, with a graph if there is one to keep."""
     start = Start(613, normal(len(noise_NCHW), 2, 1, 1, seed=3)[rows], noise_NCHW[rows])
-    schedule = excursion_schedule(ALPHA_BAR, 613, Excursion(noise="fresh", num_states=3))
+    schedule = excursion_schedule(PROCESS, 613, Excursion(noise="fresh", num_states=3))
     step_noise_MGCHW = torch.zeros(3, *start.x0_GCHW.shape)
     return walk(denoiser, start, schedule, step_noise_MGCHW, prediction_type="epsilon", wire_dtype=torch.float64)
 

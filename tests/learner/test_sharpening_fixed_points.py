@@ -17,12 +17,14 @@ from torch import Tensor
 
 from diffusion.excursion import Network, Start, Visited, excursion_schedule, walk
 from diffusion.kernels import transition
+from diffusion.process import VariancePreserving
 from diffusion.schedules import make_schedule, noise_level
 from learner.algorithms.sharpening import Selection, sharpening_rlhf, sharpening_select, sharpening_sft
 from protocol.algorithms import Excursion
 from protocol.seeds import Purpose, draw_uniform
 
 ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+PROCESS = VariancePreserving(ALPHA_BAR)
 LARGEST_MEAN = {1: 0.0, 2: 1 / math.sqrt(math.pi), 3: 1.5 / math.sqrt(math.pi), 8: 1.42360}
 """m_n."""
 LARGEST_VARIANCE = {1: 1.0, 3: 0.55947, 8: 0.37290}
@@ -73,7 +75,7 @@ def draw(variant: Variant, num_groups: int, group_size: int, spread: float) -> t
 def visit(network: Network, x0_PG: Tensor, noise_PG: Tensor, timestep: int, num_states: int = 1) -> Visited:
     """The excursions of all candidates of all groups in one batch."""
     start = Start(timestep, x0_PG.reshape(-1, 1, 1, 1), noise_PG.reshape(-1, 1, 1, 1))
-    schedule = excursion_schedule(ALPHA_BAR, timestep, Excursion(noise="fresh", num_states=num_states))
+    schedule = excursion_schedule(PROCESS, timestep, Excursion(noise="fresh", num_states=num_states))
     step_noise = torch.zeros(len(schedule), *start.x0_GCHW.shape, dtype=torch.float64)
     return walk(network, start, schedule, step_noise, prediction_type="epsilon", wire_dtype=torch.float64)
 

@@ -83,7 +83,7 @@ def rows(noised_: Noised, units: Units) -> dict[tuple[str, int], tuple[torch.Ten
     assert len(noised_) == len(units.keys)
     assert (noised_.timestep_UK == noised_.timestep_UK[:, :1]).all()
     return {
-        key: (noised_.states_UKCHW[u], noised_.noise_UKCHW[u], int(noised_.timestep_UK[u, 0]), noised_.prompts[u])
+        key: (noised_.states_UKCHW[u], noised_.target_UKCHW[u], int(noised_.timestep_UK[u, 0]), noised_.prompts[u])
         for u, key in enumerate(units.keys)
     }
 
@@ -132,7 +132,7 @@ def test_every_unit_every_pass_and_every_run_draws_for_itself(policy: Policy) ->
         noise_units(units, policy, DROPPING, shared_noise=True, run_seed=seed, update=update)
         for seed, update in ((SEED, 0), (SEED, 1), (SEED + 1, 0))
     ]
-    noises = torch.cat([one.noise_UKCHW[: len(one), 0].flatten(1) for one in drawn])
+    noises = torch.cat([one.target_UKCHW[: len(one), 0].flatten(1) for one in drawn])
     assert len(noises.unique(dim=0)) == len(noises) == 3 * 9
     assert len({tuple(one.timestep_UK[:, 0].tolist()) for one in drawn}) == 3
     encoded = torch.cat([perception_draws(units, policy, *key)[0][:9].flatten(1) for key in ((SEED, 0), (SEED, 1))])
@@ -145,9 +145,9 @@ def test_a_pair_has_one_timestep_and_one_noise_or_one_each(policy: Policy) -> No
         noise_units(units, policy, DROPPING, shared_noise=is_shared, run_seed=SEED, update=0)
         for is_shared in (True, False)
     )
-    assert torch.equal(shared.noise_UKCHW[:, 0], shared.noise_UKCHW[:, 1])
-    assert torch.equal(own.noise_UKCHW[:, 0], shared.noise_UKCHW[:, 0])
-    assert all((own.noise_UKCHW[u, 0] != own.noise_UKCHW[u, 1]).all() for u in range(len(own)))
+    assert torch.equal(shared.target_UKCHW[:, 0], shared.target_UKCHW[:, 1])
+    assert torch.equal(own.target_UKCHW[:, 0], shared.target_UKCHW[:, 0])
+    assert all((own.target_UKCHW[u, 0] != own.target_UKCHW[u, 1]).all() for u in range(len(own)))
     assert torch.equal(own.timestep_UK, shared.timestep_UK)
     assert own.prompts == shared.prompts
 
@@ -157,7 +157,7 @@ def test_states_are_the_units_latents_noised_to_their_timesteps(policy: Policy) 
     drawn = noise_units(units, policy, DROPPING, shared_noise=False, run_seed=SEED, update=0)
     for u in range(len(drawn)):
         level = noise_level(policy.alpha_bar, drawn.timestep_UK[u])
-        assert torch.equal(drawn.states_UKCHW[u], noised(units.x0_UKCHW[u], drawn.noise_UKCHW[u], level))
+        assert torch.equal(drawn.states_UKCHW[u], noised(units.x0_UKCHW[u], drawn.target_UKCHW[u], level))
 
 
 MANY = [image(index) for index in range(400)]
@@ -333,7 +333,7 @@ def test_a_rank_whose_pairs_all_tie_has_no_unit_but_a_filler(policy: Policy, sha
     assert units.metrics["pairs/tied"].tolist() == [2, 2]
     drawn = noise_units(units, policy, DROPPING, shared_noise=shared_noise, run_seed=SEED, update=0)
     assert len(drawn) == 0
-    assert drawn.states_UKCHW.shape == drawn.noise_UKCHW.shape == (1, 2, *SHAPE_CHW)
+    assert drawn.states_UKCHW.shape == drawn.target_UKCHW.shape == (1, 2, *SHAPE_CHW)
     assert drawn.timestep_UK.shape == (1, 2)
     assert drawn.prompts == ("",)
     noises, timesteps = perception_draws(units, policy, SEED, update=0)

@@ -12,7 +12,7 @@ import pytest
 
 from cluster.redis_server import RedisServer, free_port
 from protocol.errors import RedisError
-from protocol.stream import Streams, connect, redacted_url
+from protocol.stream import Streams, connect, redacted_url, url_of
 
 SECRET = "s3cret-pass"
 
@@ -116,6 +116,10 @@ def test_a_server_that_evicts_our_keys_is_refused(own_redis_server: RedisServer)
         (f"redis://127.0.0.1:6380?password={SECRET}", "unknown option"),
         (f"redis://:{SECRET}@127.0.0.1:6380?decode_responses=yes", "unknown option"),
         (f"redis://:{SECRET}@127.0.0.1:6380?ssl_novelty=1", "cannot be used"),
+        (f"rediss+cluster://:{SECRET}@127.0.0.1:6380?ssl_novelty=1", "cannot be used"),
+        (f"redis://:{SECRET}@127.0.0.1:6380,127.0.0.1:6381", "cannot be read"),
+        (f"redis+cluster://:{SECRET}@127.0.0.1:6380,", "cannot be read"),
+        (f"redis+cluster://:{SECRET}@127.0.0.1:6380/3", "cannot be read"),
     ],
 )
 def test_a_url_that_cannot_be_used_is_explained(url: str, reason: str) -> None:
@@ -128,10 +132,31 @@ def test_a_url_that_cannot_be_used_is_explained(url: str, reason: str) -> None:
         (f"redis://user:{SECRET}@host:7000/3", "redis://host:7000/3"),
         (f"rediss://:{SECRET}@[::1]:7000?ssl_ca_certs=/ca.pem", "rediss://[::1]:7000"),
         ("redis://host", "redis://host:6379"),
+        (f"redis+cluster://:{SECRET}@one:7000,[::1]:7001/0", "redis+cluster://one:7000,[::1]:7001/0"),
     ],
 )
 def test_an_address_is_shown_without_its_password(url: str, shown: str) -> None:
     assert redacted_url(url) == shown
+
+
+def test_a_url_may_come_from_an_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFUMATO_REDIS_URL", "redis://:secret@host:6380/0")
+    assert url_of("env:SFUMATO_REDIS_URL") == "redis://:secret@host:6380/0"
+    assert url_of("redis://other:6380/0") == "redis://other:6380/0"
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    monkeypatch.delenv("SFUMATO_REDIS_URL", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SFUMATO_REDIS_URL", value)
+    with pytest.raises(RedisError, match=r"not set here. Got: 'env:SFUMATO_REDIS_URL'"):
+        url_of("env:SFUMATO_REDIS_URL")
+
+
+def test_a_variables_name_is_no_secret_and_its_value_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFUMATO_REDIS_URL", "redis://:secret@host:6380/0")
+    assert redacted_url("env:SFUMATO_REDIS_URL") == "env:SFUMATO_REDIS_URL"
 
 
 def test_errors_in_the_middle_of_a_run_do_not_show_the_password(

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
+from protocol.errors import ModelError
 from protocol.memory import (
     BUCKET_ENTRIES,
     PROCESS_BYTES,
@@ -196,7 +197,7 @@ def test_a_model_that_is_not_on_disk_is_told_so(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_model_in_several_files_is_counted_whole(sd15: Path, tmp_path: Path) -> None:
-    for part in ("vae", "text_encoder"):
+    for part in ("vae", "text_encoder", "model_index.json"):
         (tmp_path / part).symlink_to(sd15 / part)
     unet = tmp_path / "unet"
     unet.mkdir()
@@ -210,3 +211,33 @@ def test_a_model_in_several_files_is_counted_whole(sd15: Path, tmp_path: Path) -
     files = read_model_files(str(tmp_path))
     assert files is not None
     assert files.num_denoiser == 3 * 5 + 5 + 7 * 2
+
+
+def test_a_resolution_scales_what_is_made_of_images(sd15: Path) -> None:
+    def at(side: int | None) -> Recipe:
+        recipe = recipe_of(sd15)
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"resolution": side})})
+
+    usual, small = (processes(at(side)) for side in (None, 256))
+    activations = [held(found[0])["activations of 4 latents"] for found in (usual, small)]
+    assert activations[0] / activations[1] == pytest.approx(4, rel=0.1)
+    with pytest.raises(ModelError, match="a multiple of 64"):
+        estimate(at(260))
+
+
+def test_an_average_and_moments_of_8_bits_are_counted(sd15: Path) -> None:
+    trained = 859_520_964
+    plain, small = (
+        learner_of(sd15, "full", zero_stage=1, **settings) for settings in ({}, {"optimizer": "adamw_8bit"})
+    )
+    assert plain["AdamW's moments"] == 8 * trained
+    assert small["AdamW's moments"] == 2 * trained
+    averaged = learner_of(sd15, "full", zero_stage=1, world_size=2, ema={"decay": 0.99})
+    assert averaged["the moving average"] == 4 * trained // 2
+
+
+def test_offloaded_parameters_wait_in_main_memory(sd15: Path) -> None:
+    recipe = recipe_of(sd15, form="full", learner={"zero_stage": 3, "offload_parameters": True})
+    places = {item.name: item.place for item in processes(recipe)[0].items}
+    assert places["the denoiser's weights, this rank's part"] == "host"
+    assert places["weights while they are used"] == "device"

@@ -9,12 +9,25 @@ import pytest
 
 from cluster.cli import run_command_line
 from learner.learning_rate import learning_rate
-from protocol.algorithms import Cpo, Ddpo, Dpo, NcpCpo, NcpDpo, NcpSft, Prdp, SharpeningRlhf, SharpeningSft, Spin
-from protocol.derived import derived_numbers, learner_forwards
+from protocol.algorithms import (
+    Cpo,
+    Ddpo,
+    Dpo,
+    NcpCpo,
+    NcpDpo,
+    NcpSft,
+    PolicyGradient,
+    Prdp,
+    SharpeningRlhf,
+    SharpeningSft,
+    Spin,
+)
+from protocol.derived import derived_numbers, learner_forwards, num_branches
 from protocol.paths import ROOT
 from protocol.recipe import Lora, Recipe
 from protocol.recipe_file import load_recipe
-from protocol.requirements import warnings
+from protocol.requirements import check_model, warnings
+from tests.protocol.model_files import write_model_files
 
 PUBLISHED = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("tiny_"))
 FILTERED = ["data.0.pair_filter=absolute_winners", "data.0.latest_by=created_at"]
@@ -37,7 +50,6 @@ def text(name: str) -> str:
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with what the published recipes ask their reader to bring."""
-    (tmp_path / "my_reward.py").touch()
     (tmp_path / "my_prompts.txt").write_text("a fox\n")
     for folder in ("my_images",):
         (tmp_path / folder).mkdir()
@@ -48,13 +60,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def with_latents(desk: Path, side: int) -> str:
     """An override that puts as much of a model as derived numbers read in the place of the hub's."""
-    unet, vae = desk / "model" / "unet", desk / "model" / "vae"
-    for folder in (unet, vae):
-        folder.mkdir(parents=True)
-    (desk / "model" / "model_index.json").write_text("{}")
-    (unet / "config.json").write_text(f'{{"sample_size": {side}, "in_channels": 4}}')
-    (vae / "config.json").write_text('{"block_out_channels": [1, 1, 1, 1]}')
-    return f"model.path={desk / 'model'}"
+    return f"model.path={write_model_files(desk / 'model', side=side)}"
 
 
 # All of them.
@@ -65,7 +71,7 @@ def test_a_dry_run_passes_once_the_reader_has_brought_what_the_recipe_asks_for(
     desk: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     assert run_command_line(["train", f"recipes/{name}.yaml", "--dry-run"]) == 0, capsys.readouterr().err
-    assert sorted(path.name for path in desk.iterdir()) == ["my_images", "my_prompts.txt", "my_reward.py"]
+    assert sorted(path.name for path in desk.iterdir()) == ["my_images", "my_prompts.txt"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -73,7 +79,6 @@ def test_every_published_recipe_names_its_paper_and_what_to_bring(name: str) -> 
     header = "".join(line for line in text(name).splitlines(keepends=True) if line.startswith("#"))
     assert re.search(r"arXiv \d{4}\.\d{5}", header)
     assert ("my_" in text(name)) == ("Bring" in header)
-    assert name.endswith("_sdxl") == header.startswith("# Needs SDXL support")
 
 
 # Optimizer steps, and what each of them sees.
@@ -136,6 +141,8 @@ def test_spins_iterations_have_their_published_steps() -> None:
         ("prdp_sd14_large", 1000, 512, 1),
         ("policy_gradient_sd14", 1000, 512, 1),
         ("ddpo_sd14", 100, 256, 4),
+        ("flow_grpo_sd35", 1000, 1152, 2),
+        ("dancegrpo_flux", 300, 192, 4),
     ],
 )
 def test_images_and_updates_a_round_are_the_published_ones(
@@ -181,6 +188,7 @@ def test_spins_second_iteration_warms_up_and_falls_and_its_third_ends_as_its_rat
         ("prdp_sd14_small", 1e-5, 0),
         ("prdp_sd14_large", 7e-6, 0),
         ("ddpo_sd14", 3e-4, 0),
+        ("flow_grpo_sd35", 3e-4, 0),
         ("sft_sd15", 1e-5, 500),
         # The code's rates are for one pair and multiplied by the batch.
         ("dpo_sd15", 1e-8 * 2048, 500),
@@ -244,7 +252,12 @@ def test_prdps_windows_are_the_published_ones_as_mean_shifts(desk: Path, name: s
 
 @pytest.mark.parametrize(
     ("name", "parent"),
-    [("policy_gradient_sd14", "prdp_sd14_large"), ("ncp_cpo_sd15", "ncp_dpo_sd15"), ("ncp_sft_sd15", "ncp_dpo_sd15")],
+    [
+        ("policy_gradient_sd14", "prdp_sd14_large"),
+        ("prdp_sd35", "flow_grpo_sd35"),
+        ("ncp_cpo_sd15", "ncp_dpo_sd15"),
+        ("ncp_sft_sd15", "ncp_dpo_sd15"),
+    ],
 )
 def test_an_arm_is_its_parent_but_for_the_algorithm(name: str, parent: str) -> None:
     arm, other = load(name), load(parent)
@@ -308,6 +321,77 @@ def test_dancegrpo_divides_by_the_groups_std_in_groups_of_sixteen() -> None:
     assert (recipe.sampler.kernel, recipe.sampler.eta, recipe.sampler.guidance_scale) == ("ddim", 1, 5)
 
 
+# Flow-matching models.
+
+
+def at_real_size(desk: Path, name: str) -> str:
+    """An override that puts what a dry run reads of Stable Diffusion 3.5 Medium or FLUX.1-dev in the hub's place."""
+    sd3 = {"sample_size": 128, "in_channels": 16, "patch_size": 2, "pos_embed_max_size": 384}
+    flux = {"in_channels": 64, "guidance_embeds": True}
+    pipeline, denoiser = ("FluxPipeline", flux) if name.endswith("flux") else ("StableDiffusion3Pipeline", sd3)
+    return f"model.path={write_model_files(desk / 'model', side=128, pipeline=pipeline, denoiser=denoiser)}"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "a_group", "window", "branches"),
+    [
+        ("flow_grpo_sd35", "(16, 64, 64), 65536", "33.00 MiB", 1e-4 * 256, 2),
+        ("prdp_sd35", "(16, 64, 64), 65536", "33.00 MiB", 1e-4 * 256, 2),
+        ("dancegrpo_flux", "(16, 90, 90), 129600", "50.43 MiB", 1e-4 * 360, 1),
+    ],
+)
+def test_recipes_of_flows_pass_on_their_models_at_real_size(
+    desk: Path, name: str, shape: str, a_group: str, window: float, branches: int
+) -> None:
+    """A group: 24 siblings of 11 latents, 12 of 17, two bytes an entry. The window: times the root of the entries."""
+    recipe = load(name, at_real_size(desk, name))
+    check_model(recipe, "flow")
+    numbers = derived_numbers(recipe)
+    assert numbers["latent shape, entries"] == shape
+    assert numbers["a group on the wire, at most"] == a_group
+    assert float(numbers["window as a mean shift, in sigma an entry"]) == pytest.approx(window, rel=0.01)
+    assert num_branches(recipe) == branches
+
+
+def test_flow_grpo_has_its_table() -> None:
+    recipe = load("flow_grpo_sd35")
+    algorithm, sampler, trainable = recipe.algorithm, recipe.sampler, recipe.model.trainable
+    assert isinstance(algorithm, PolicyGradient)
+    assert (algorithm.advantage, algorithm.clip_range, algorithm.latent_reduce) == ("global_std", 1e-4, "latent_mean")
+    assert (algorithm.kl_coef, algorithm.kl_form) == (0.04, "flow_grpo")
+    assert (sampler.kernel, sampler.eta, sampler.guidance_scale) == ("flow_grpo", 0.7, 4.5)
+    assert (sampler.num_steps, sampler.num_scored_steps, sampler.share_initial_noise) == (10, 9, False)
+    assert (recipe.batch.num_groups, recipe.batch.group_size, recipe.model.resolution) == (48, 24, 512)
+    assert isinstance(trainable, Lora)
+    assert (trainable.rank, trainable.alpha, len(trainable.targets)) == (32, 64, 8)
+
+
+def test_dancegrpo_on_flux_has_its_scripts_numbers() -> None:
+    recipe = load("dancegrpo_flux")
+    algorithm, sampler = recipe.algorithm, recipe.sampler
+    assert isinstance(algorithm, PolicyGradient)
+    assert (algorithm.advantage, algorithm.clip_range, algorithm.kl_coef) == ("group_std", 1e-4, 0)
+    assert (sampler.kernel, sampler.eta, sampler.guidance_scale) == ("dance_grpo", 0.3, 3.5)
+    assert (sampler.num_steps, sampler.num_scored_steps, sampler.share_initial_noise) == (16, 15, True)
+    assert (recipe.batch.num_groups, recipe.batch.group_size, recipe.model.resolution) == (16, 12, 720)
+    assert recipe.learner.micro_batch_size == recipe.batch.group_size, "in bf16 a batch is what it was sampled as"
+    overrides = re.findall(r"model\.trainable=\{.*?\}|learner\.\w+=\S+", text("dancegrpo_flux"))
+    full = load("dancegrpo_flux", *overrides)
+    assert (full.model.trainable.form, full.learner.learning_rate) == ("full", 1e-5)
+
+
+def test_prdp_on_a_flow_has_the_papers_listing() -> None:
+    prdp, large = load("prdp_sd35").algorithm, load("prdp_sd14_large").algorithm
+    assert isinstance(prdp, Prdp)
+    assert isinstance(large, Prdp)
+    assert (prdp.latent_reduce, prdp.time_reduce, prdp.tie_policy) == (
+        large.latent_reduce,
+        large.time_reduce,
+        large.tie_policy,
+    )
+    assert (prdp.clip_eps, prdp.kl_weight) == (large.clip_eps, 10 * large.kl_weight)
+
+
 # Diffusion-Sharpening's variants.
 
 
@@ -339,5 +423,5 @@ def test_a_variant_of_sharpening_is_what_its_name_says(
 
 @pytest.mark.parametrize("name", ["sharpening_rlhf_paper_sdxl", "sharpening_sft_paper_sdxl"])
 def test_the_papers_sampler_costs_its_published_hundred_evaluations(name: str) -> None:
-    sampler = load(name).sampler
-    assert sampler.num_steps * sampler.num_branches == 100
+    recipe = load(name)
+    assert recipe.sampler.num_steps * num_branches(recipe) == 100

@@ -16,6 +16,7 @@ from protocol.derived import derived_numbers
 from protocol.errors import ModelError, RecipeError
 from protocol.recipe import Recipe
 from protocol.recipe_file import dump_recipe, load_recipe, parse_recipe
+from tests.protocol.model_files import write_model_files
 
 TINY = "recipes/tiny_prdp.yaml"
 FIXED = [
@@ -192,6 +193,11 @@ def test_an_unknown_training_form_is_refused_with_the_legal_ones() -> None:
         ({"algorithm": {"name": "dpo"}}, "  - algorithm: exactly one of beta_half"),
         ({"algorithm": {"name": "ncp_dpo", "beta_half": 1, "beta_full": 2}}, "they are 1.0 and 2.0."),
         ({"learner": {"offload_optimizer": True}}, "  - learner.offload_optimizer: true needs learner.zero_stage"),
+        (
+            {"learner": {"offload_parameters": True, "zero_stage": 2}},
+            "  - learner.offload_parameters: true needs learner.zero_stage 3, but it is 2",
+        ),
+        ({"learner": {"ema": {"decay": 1.0}}}, "  - learner.ema.decay: "),
         ({"sampler": {"kernel": "ddpm", "eta": 0.5}}, "  - sampler: kernel ddpm is eta 1;"),
         (
             {"data": [{"path": "x", "pair_filter": "absolute_winners"}]},
@@ -529,9 +535,7 @@ def test_the_identity_of_self_play_has_the_rounds_of_its_iterations() -> None:
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
     """As much of a model as derived numbers read."""
-    (tmp_path / "model" / "unet").mkdir(parents=True)
-    (tmp_path / "model" / "model_index.json").write_text("{}")
-    (tmp_path / "model" / "unet" / "config.json").write_text('{"sample_size": 8, "in_channels": 4}')
+    write_model_files(tmp_path / "model", side=8)
     (tmp_path / "prompts.txt").write_text("# a comment\na red seven\n\na blue one\n")
     return tmp_path / "model"
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from protocol.algorithms import SourceKind
+from cluster.cli import run_command_line
+from protocol.algorithms import ALGORITHMS, SourceKind
 from protocol.errors import RecipeError
 from protocol.recipe import Recipe
 from protocol.recipe_file import parse_recipe
-from protocol.requirements import is_sampled, needs_rewards, problems, warnings
+from protocol.requirements import KERNELS, check_model, is_sampled, needs_rewards, problems, warnings
+from tests.protocol.model_files import add_empty_parts, write_model_files
 
 PROMPTS: dict[str, Any] = {"train": "prompts.txt"}
 IMAGES, PAIRS = {"path": "photos"}, {"path": "duels", "kind": "pairs"}
@@ -182,14 +186,22 @@ def test_candidates_of_one_photograph_must_differ_and_be_told_apart(name: str) -
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_perceptual_errors_are_refused_in_bf16(name: str) -> None:
-    bf16 = {"precision": "bf16"}
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_perceptual_errors_are_refused_in_half_precision(name: str, precision: str) -> None:
+    half = {"precision": precision}
     if name.startswith("ncp_"):
-        told = refusal({**document(name, learner=bf16), "prompts": PROMPTS})
-        assert told.startswith(f"learner.precision: bf16; {name} resolves differences of 1e-3 in a latent")
+        told = refusal({**document(name, learner=half), "prompts": PROMPTS})
+        assert told.startswith(f"learner.precision: {precision}; {name} resolves differences of 1e-3 in a latent")
         assert told.endswith("use fp32.")
     else:
-        assert recipe(name, learner=bf16).learner.precision == "bf16"
+        assert recipe(name, learner=half).learner.precision == precision
+
+
+def test_an_encoder_of_the_average_needs_an_average() -> None:
+    perception = {"perception": {"encoder_weights": "ema"}}
+    told = refusal({**document("ncp_sft", algorithm=perception), "prompts": PROMPTS})
+    assert "no average is kept; set learner.ema" in told
+    assert recipe("ncp_sft", algorithm=perception, learner={"ema": {}}).learner.ema.decay == 0.999
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -339,3 +351,150 @@ def test_rewards_that_could_not_do_their_part_are_refused(changes: dict[str, Any
 def test_a_firewall_that_compares_nothing_is_noted() -> None:
     recipe = parse_recipe(document("prdp", prompts=PROMPTS, firewall={**FIREWALL, "every_rounds": 3}), source="test")
     assert any("nothing is ever compared" in note for note in warnings(recipe))
+
+
+# Base models: algorithm x what the network predicts, and kernel x what the network predicts.
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
+ALGORITHMS_BY_PREDICTION = """
+                  epsilon v_prediction sample flow
+prdp              yes     yes          yes    yes
+policy_gradient   yes     yes          yes    yes
+ddpo              yes     yes          yes    yes
+spin_exact        yes     yes          yes    yes
+sft               yes     yes          yes    yes
+dpo               yes     yes          yes    yes
+cpo               yes     yes          yes    yes
+ncp_sft           yes     yes          yes    no
+ncp_dpo           yes     yes          yes    no
+ncp_cpo           yes     yes          yes    no
+spin              yes     yes          yes    yes
+sharpening_sft    yes     yes          yes    yes
+sharpening_rlhf   yes     yes          yes    yes
+"""
+KERNELS_BY_PREDICTION = """
+                  epsilon v_prediction sample flow
+ddim              yes     yes          yes    no
+ddpm              yes     yes          yes    no
+flow_grpo         no      no           no     yes
+dance_grpo        no      no           no     yes
+"""
+
+
+def cells(table: str) -> dict[tuple[str, str], bool]:
+    """A table's entries by row and column."""
+    head, *rows = [line.split() for line in table.strip().splitlines()]
+    return {(row[0], column): word == "yes" for row in rows for column, word in zip(head, row[1:], strict=True)}
+
+
+BY_ALGORITHM, BY_KERNEL = cells(ALGORITHMS_BY_PREDICTION), cells(KERNELS_BY_PREDICTION)
+
+
+def for_model(name: str, prediction: str, **sampler: Any) -> Recipe:
+    """A recipe whose kernel fits what a model predicts, unless it says otherwise."""
+    return recipe(name, sampler={"kernel": "flow_grpo" if prediction == "flow" else "ddim", **sampler})
+
+
+def test_the_tables_are_whole() -> None:
+    assert {row for row, _ in BY_ALGORITHM} == {*SETTINGS} == {*ALGORITHMS}
+    assert {row for row, _ in BY_KERNEL} == {*KERNELS}
+    assert {column for table in (BY_ALGORITHM, BY_KERNEL) for _, column in table} == {*PREDICTIONS}
+
+
+@pytest.mark.parametrize(("name", "prediction"), BY_ALGORITHM)
+def test_each_algorithm_trains_the_models_that_it_can_and_refuses_the_others_with_who_could(
+    name: str, prediction: str
+) -> None:
+    asked = for_model(name, prediction)
+    if BY_ALGORITHM[name, prediction]:
+        check_model(asked, prediction)
+        return
+    with pytest.raises(RecipeError) as error:
+        check_model(asked, prediction)
+    told = str(error.value)
+    assert f"algorithm {name} cannot train a model that predicts {prediction}" in told
+    able = [other for other in ALGORITHMS if BY_ALGORITHM[other, prediction]]
+    assert told.endswith(f"one of these algorithms: {', '.join(able)}.")
+    fitting = [other for other in PREDICTIONS if BY_ALGORITHM[name, other]]
+    assert f"Expected: a model that predicts {' or '.join(fitting)}." in told
+
+
+@pytest.mark.parametrize(("kernel", "prediction"), BY_KERNEL)
+def test_each_kernel_steps_the_models_that_it_is_for_and_is_refused_with_those_that_fit(
+    kernel: str, prediction: str
+) -> None:
+    asked = for_model("sft", prediction, kernel=kernel)
+    if BY_KERNEL[kernel, prediction]:
+        check_model(asked, prediction)
+        return
+    fitting = " or ".join(other for other in KERNELS if BY_KERNEL[other, prediction])
+    with pytest.raises(RecipeError, match=f"predicts {prediction}. Got: '{kernel}'. Expected: {fitting}. To do"):
+        check_model(asked, prediction)
+
+
+def test_a_followers_algorithm_must_be_able_too() -> None:
+    both = parse_recipe(in_company("sft", "ncp_sft", sampler={"kernel": "flow_grpo"}), source="a test")
+    with pytest.raises(RecipeError, match="algorithm ncp_sft cannot train a model that predicts flow"):
+        check_model(both, "flow")
+
+
+def test_what_is_predicted_must_be_known() -> None:
+    with pytest.raises(RecipeError, match=r"something unknown. Got: 'score'. Expected: one of epsilon, v_prediction"):
+        check_model(recipe("sft"), "score")
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if BY_KERNEL[kernel, "flow"]])
+def test_a_flow_has_no_timestep_0_to_stop_at(kernel: str) -> None:
+    clamped = {"kernel": kernel, "last_step": "clamp"}
+    assert f"last_step: clamp is for ddim and ddpm; kernel {kernel} ends on the clean latent" in refusal(
+        {**document("prdp", sampler=clamped), "prompts": PROMPTS}
+    )
+    assert recipe("prdp", sampler={**clamped, "last_step": "unscored"}).sampler.is_flow
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_flow_grpos_form_of_the_kl_needs_a_step_length(kernel: str) -> None:
+    own = {"algorithm": {"kl_coef": 0.04, "kl_form": "flow_grpo"}, "sampler": {"kernel": kernel}}
+    if BY_KERNEL[kernel, "flow"]:
+        assert recipe("policy_gradient", **own).algorithm.kl_form == "flow_grpo"
+        return
+    assert refusal({**document("policy_gradient", **own), "prompts": PROMPTS}) == (
+        f"algorithm.kl_form: flow_grpo divides by a flow's step length, which kernel {kernel} does not have; use exact."
+    )
+
+
+MODELS = {
+    "flow": (
+        "StableDiffusion3Pipeline",
+        {"sample_size": 8, "in_channels": 4, "patch_size": 2, "pos_embed_max_size": 8},
+    ),
+    "epsilon": ("StableDiffusionPipeline", None),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "prediction", "told"),
+    [
+        ("ncp_sft", "flow_grpo", "flow", "algorithm ncp_sft cannot train a model that predicts flow"),
+        ("prdp", "ddim", "flow", "sampler.kernel is not for a model that predicts flow"),
+        ("prdp", "dance_grpo", "epsilon", "sampler.kernel is not for a model that predicts epsilon"),
+    ],
+)
+def test_a_run_that_could_not_learn_is_refused_before_anything_is_started(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    kernel: str,
+    prediction: str,
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipeline, denoiser = MODELS[prediction]
+    model = add_empty_parts(write_model_files(tmp_path / "model", side=64, pipeline=pipeline, denoiser=denoiser))
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    whole = document(name, model={"path": str(model)}, sampler={"kernel": kernel}, prompts=PROMPTS)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(whole))
+    assert run_command_line(["train", "recipe.yaml", "--dry-run"]) == 2
+    assert told in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "prompts.txt", "recipe.yaml"}

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from redis import RedisCluster
 
 from cluster.redis_server import RedisServer
 from protocol.codec import encode_group, encode_ticket
@@ -23,6 +24,12 @@ def read_ids(reader: GroupReader) -> list[str]:
     while arrivals := reader.read(block_s=0):
         ids += [a.content.ticket_id for a in arrivals if isinstance(a.content, Group)]
     return ids
+
+
+def set_maxmemory(streams: Streams, limit_bytes: int) -> None:
+    """Limits every server."""
+    to = {"target_nodes": RedisCluster.PRIMARIES} if isinstance(streams._redis, RedisCluster) else {}
+    streams._redis.config_set("maxmemory", limit_bytes, **to)
 
 
 def test_a_reader_sees_every_group_of_its_shards_once(streams: Streams, make_group: Callable[..., Group]) -> None:
@@ -140,10 +147,10 @@ def test_entries_are_read_again_after_an_error_in_the_middle(
     reader.read(block_s=0)
     streams.append(make_group(0))
     streams._redis.xadd(streams.key("groups:1"), {"hello": "world"})
-    streams._redis.config_set("maxmemory", 1)
+    set_maxmemory(streams, 1)
     with pytest.raises(RedisError, match="the server is full"):
         reader.read(block_s=0)
-    streams._redis.config_set("maxmemory", 0)
+    set_maxmemory(streams, 0)
     assert [type(arrival.content) for arrival in reader.read(block_s=0)] == [Group, DeadLetter]
 
 

@@ -1,0 +1,80 @@
+"""A run starts when the nodes that it needs are there, and says what it waits for."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from cluster.nodes import check_cluster, demand, missing_resources, wait_for_nodes
+from protocol.errors import RecipeError
+from protocol.recipe import Recipe
+from protocol.recipe_file import parse_recipe
+from protocol.roles import Placement
+
+
+def make_recipe(*, node_timeout_s: float, url: str | None = "env:SFUMATO_REDIS_URL") -> Recipe:
+    """One learner, one reward, and two rollout actors that want to be on rollout nodes."""
+    document = {
+        "rounds": 1,
+        "rollouts": 2,
+        "prompts": {"train": "builtin:animals"},
+        "batch": {"num_groups": 4, "group_size": 4},
+        "rewards": [{"name": "jpeg_compressibility", "num_cpus": 0}],
+        "algorithm": {"name": "prdp", "kl_weight": 1e-2, "clip_eps": 1e-2},
+        "learner": {"num_cpus": 1},
+        "rollout_worker": {"num_cpus": 0, "resources": {"rollout": 1}},
+        "redis": {"url": url},
+        "supervision": {"node_timeout_s": node_timeout_s},
+    }
+    return parse_recipe(document, source="test")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head with one CPU. No autoscaler looks after it."""
+    os.environ.pop("RAY_ADDRESS", None)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_one_process_reserves_what_its_placement_names_and_nothing_of_which_it_wants_none() -> None:
+    placement = Placement(num_cpus=0, num_gpus=1, resources={"rollout": 1, "spot": 0})
+    assert demand(placement) == {"GPU": 1, "rollout": 1}
+
+
+def test_a_cluster_without_the_nodes_is_refused_at_once_where_nobody_is_to_wait(cluster: Any) -> None:
+    said: list[str] = []
+    with pytest.raises(RecipeError, match=r"ask for \{'rollout': 2\.0\} but the cluster has \{'rollout': 0\.0\}"):
+        wait_for_nodes(make_recipe(node_timeout_s=0), said.append)
+    assert said == []
+
+
+def test_nodes_that_do_not_come_in_time_are_named(cluster: Any) -> None:
+    said: list[str] = []
+    with pytest.raises(RecipeError, match=r"ask for \{'rollout': 2\.0\}.*supervision.node_timeout_s"):
+        wait_for_nodes(make_recipe(node_timeout_s=1), said.append)
+    assert said == ["waiting for nodes: rollout 0 of 2"]
+
+
+def test_a_run_waits_for_the_nodes_that_it_asks_for(cluster: Any) -> None:
+    said: list[str] = []
+    with ThreadPoolExecutor(1) as driver:
+        waiting = driver.submit(wait_for_nodes, make_recipe(node_timeout_s=60), said.append)
+        while not said:
+            time.sleep(0.01)
+        cluster.add_node(num_cpus=1, resources={"rollout": 2})
+        waiting.result()
+    assert said[0] == "waiting for nodes: rollout 0 of 2"
+    assert missing_resources(make_recipe(node_timeout_s=0)) == {}
+    with pytest.raises(RecipeError, match="the embedded Redis listens on this machine only"):
+        check_cluster(make_recipe(node_timeout_s=0, url=None))
