@@ -4,8 +4,8 @@
     a rollout actor   weights, autoencoder, what passes through either for a group
     beside them       Redis, the weight store, the first rank's checkpoint
 
-Weights and the optimizer's state are exact; activations are known to `activations.MARGIN`. Rewards' own models are not
-counted. On a CPU all of it is main memory; on a GPU the rest of a process stays in main memory.
+Weights are exact; activations and what an optimizer step makes are known to `activations.MARGIN`. Rewards' own models
+are not counted. On a CPU all of it is main memory; on a GPU the rest of a process stays in main memory.
 """
 
 from __future__ import annotations
@@ -121,14 +121,14 @@ def _learner_rank(recipe: Recipe, files: ModelFiles, role: str) -> Process:
     items = [
         *_denoiser(recipe, files, learner),
         Item("text encoders", width * files.num_text, "device", HALVE),
-        *_optimizer(learner, trained),
+        *optimizer_items(learner, trained),
         *_of_a_round(recipe, shape_CHW),
         _encodings(recipe, files, recipe.batch.num_groups // learner.world_size),
         Item("this process", PROCESS_BYTES, "host", "lower learner.world_size"),
         Item("versions kept", (_num_versions(recipe) + 1) * width * trained, "host", "lower lag"),
     ]
     activations = _of_micro_batch(recipe, files)
-    step = _step_bytes(learner, trained)
+    step = step_bytes(learner, trained)
     if learner.offload_optimizer:
         items.append(Item(STEP, step, "host", SHARD))
     else:
@@ -155,7 +155,7 @@ def _denoiser(recipe: Recipe, files: ModelFiles, learner: Learner) -> Iterator[I
         yield Item("the frozen reference", width * files.num_denoiser, "device", ADAPT)
 
 
-def _optimizer(learner: Learner, trained: int) -> Iterator[Item]:
+def optimizer_items(learner: Learner, trained: int) -> Iterator[Item]:
     """AdamW as DeepSpeed shards it: fp32 all of it, but for gradients on their way."""
     stage, is_half = learner.sharded_stage, learner.precision != "fp32"
     width = 2 if is_half else 4
@@ -175,7 +175,7 @@ def _optimizer(learner: Learner, trained: int) -> Iterator[Item]:
         yield Item("DeepSpeed's bucket of gradients", width * BUCKET_ENTRIES, "device", "set learner.zero_stage=1")
 
 
-def _step_bytes(learner: Learner, trained: int) -> int:
+def step_bytes(learner: Learner, trained: int) -> int:
     """What AdamW's step makes, in all of this rank's part at once: the denominator; sharded and in bf16, or in stage 3,
     a flat copy of the gradients; offloaded, one more on its way back."""
     if learner.sharded_stage == 0:
@@ -188,10 +188,25 @@ def _of_micro_batch(recipe: Recipe, files: ModelFiles) -> Item:
     learner = recipe.learner
     held = _activations(files, full=isinstance(recipe.model.trainable, Full))
     on_trajectories = recipe.algorithm.content == "trajectories"
-    num_latents = learner.micro_batch_size * (_num_branches(recipe, files) if on_trajectories else 1)
+    num_items = min(learner.micro_batch_size, _num_items(recipe))
+    num_latents = num_items * (_num_branches(recipe, files) if on_trajectories else 1)
     entries = held.checkpointed if learner.gradient_checkpointing else held.kept
     name = f"activations of {num_latents} latents"
     return Item(name, _width(recipe) * entries * num_latents, "device", LOWER_BATCH)
+
+
+def _num_items(recipe: Recipe) -> int:
+    """Returns at most how many latents a pass of a rank has, less than a micro-batch where rounds are small."""
+    algorithm, group_size = recipe.algorithm, recipe.batch.group_size
+    if algorithm.content == "trajectories":
+        of_a_group = group_size * recipe.sampler.num_scored_steps * (2 if isinstance(algorithm, SpinExact) else 1)
+    elif isinstance(algorithm, SharpeningSft | SharpeningRlhf):
+        of_a_group = group_size * algorithm.excursion.num_states
+    else:
+        # All pairs of siblings, or of a real image with each.
+        of_a_group = group_size * (group_size + 1)
+    num_groups = recipe.batch.num_groups // recipe.learner.world_size // algorithm.inner_minibatches
+    return num_groups * of_a_group
 
 
 def _activations(files: ModelFiles, *, full: bool) -> Activations:

@@ -76,7 +76,7 @@ def test_where_no_gpu_is_seen_its_size_is_not_judged() -> None:
 
 
 def test_a_refusal_names_the_largest_item_and_what_shrinks_it() -> None:
-    recipe = load_recipe(RECIPE, ["learner.micro_batch_size=1000000"])
+    recipe = load_recipe(RECIPE, ["learner.micro_batch_size=1000000", "batch.num_groups=240000"])
     told: list[str] = []
     with pytest.raises(RecipeError, match=r"activations of 1000000 latents.*gradient_checkpointing"):
         check_memory(recipe, [machine(24)], told.append)
@@ -89,7 +89,14 @@ def test_a_run_that_this_machine_cannot_hold_is_refused_before_anything_is_start
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     run_dir = tmp_path / "run"
-    arguments = ["train", RECIPE, "learner.micro_batch_size=100000000", "--run-dir", str(run_dir)]
+    arguments = [
+        "train",
+        RECIPE,
+        "learner.micro_batch_size=1000000",
+        "batch.num_groups=240000",
+        "--run-dir",
+        str(run_dir),
+    ]
     assert run_command_line(arguments) == 2
     assert "main memory than" in capsys.readouterr().err
     assert not run_dir.exists()

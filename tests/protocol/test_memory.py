@@ -162,6 +162,12 @@ def test_activations_grow_with_the_micro_batch_and_with_guidance_and_shrink_with
     assert one == pytest.approx(893.6 * 2**20, rel=0.02)
 
 
+def test_a_micro_batch_is_not_larger_than_what_a_rank_has(sd15: Path) -> None:
+    whole, larger = (learner_of(sd15, "lora", micro_batch_size=size) for size in (8 * 4 * 19, 10**6))
+    assert whole == larger
+    assert f"activations of {8 * 4 * 19} latents" in whole
+
+
 def test_deepspeeds_bucket_is_counted_on_gpus_only(sd15: Path) -> None:
     name = "DeepSpeed's bucket of gradients"
     assert learner_of(sd15, "lora", zero_stage=2)[name] == 4 * BUCKET_ENTRIES
