@@ -73,7 +73,7 @@ def read_facts(source: str, resolution: int | None) -> ModelFacts | None:
         side = shape_CHW[1] * vae_factor(vae)
     except (KeyError, TypeError) as error:
         raise ModelError(
-            f"the configuration of the base model lacks {error}",
+            f"the base model's {part}/config.json or vae/config.json lacks {error}",
             value=source,
             expected="a model in diffusers layout",
             do="correct model.path",

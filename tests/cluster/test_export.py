@@ -567,7 +567,7 @@ def test_an_evaluation_that_is_none_or_of_another_version_is_refused(
     assert "what `sfumato evaluate RUN --json FILE` writes" in refused(*arguments)
     write_json(an_evaluation(1), given)
     message = refused(*arguments)
-    assert "is of another version. Got: 1. Expected: 2." in message
+    assert "is of another version. Got: '1, live'. Expected: 2, live." in message
 
 
 def test_weights_that_are_not_those_published_are_refused(
