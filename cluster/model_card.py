@@ -14,6 +14,7 @@ import yaml
 from cluster.evaluate import Comparison, Evaluation
 from learner.checkpoint import Weights
 from protocol import __version__
+from protocol.derived import facts_of
 from protocol.paths import model_source
 from protocol.recipe import Full, Recipe, Sampler
 from protocol.recipe_file import dump_recipe
@@ -149,17 +150,15 @@ def _loading(card: Card) -> str:
         ]
     lines = [
         "import torch",
-        "from diffusers import DDIMScheduler, DiffusionPipeline",
+        f"from diffusers import {'' if sampler.is_flow else 'DDIMScheduler, '}DiffusionPipeline",
         "",
         'folder = "."  # where this file is',
         *load,
-        "# The run's own sampler.",
         *_scheduler(sampler),
         "images = pipeline(",
         f"    {card.sources[0].prompts[0]!r},",
         f"    num_inference_steps={sampler.num_steps},",
-        f"    guidance_scale={sampler.guidance_scale},",
-        f"    eta={sampler.eta},",
+        *(f"    {name}={value!r}," for name, value in pipeline_arguments(recipe).items()),
         "    generator=torch.Generator().manual_seed(0),",
         ").images",
         'images[0].save("image.png")',
@@ -168,13 +167,31 @@ def _loading(card: Card) -> str:
 
 
 def _scheduler(sampler: Sampler) -> list[str]:
-    """Lines that give a pipeline the run's scheduler: DDPM ancestral is DDIM with eta 1 (arXiv 2010.02502, Eq. 16)."""
+    """Lines that give a pipeline the run's scheduler: DDPM ancestral is DDIM with eta 1 (arXiv 2010.02502, Eq. 16). No
+    scheduler of diffusers has the SDEs of flows; its own takes the steps of their ODE."""
+    if sampler.is_flow:
+        return ["# The run's own steps, but for the noise in them, which is for training."]
     return [
+        "# The run's own sampler.",
         "pipeline.scheduler = DDIMScheduler.from_config(",
         "    pipeline.scheduler.config, clip_sample=False, "
         f"set_alpha_to_one={sampler.last_step == 'unscored'}, thresholding=False",
         ")",
     ]
+
+
+def pipeline_arguments(recipe: Recipe) -> dict[str, object]:
+    """Returns guidance, noise and size as a pipeline of diffusers is told them."""
+    sampler, resolution = recipe.sampler, recipe.model.resolution
+    arguments: dict[str, object] = {"guidance_scale": sampler.guidance_scale}
+    facts = facts_of(recipe)
+    if facts and facts.pipeline == "FluxPipeline" and not facts.embeds_guidance and sampler.guidance_scale != 1:
+        arguments = {"true_cfg_scale": sampler.guidance_scale, "negative_prompt": ""}
+    if not sampler.is_flow:
+        arguments["eta"] = sampler.eta
+    if resolution is not None:
+        arguments |= {"height": resolution, "width": resolution}
+    return arguments
 
 
 def _images() -> str:

@@ -25,7 +25,7 @@ from actors.evaluator import Estimate, draw_images
 from cluster.cli import run_command_line
 from cluster.evaluate import Comparison, Evaluation, evaluate_run, write_json
 from cluster.export import export_run
-from cluster.model_card import LORA_FILE, METHODS
+from cluster.model_card import LORA_FILE, METHODS, pipeline_arguments
 from cluster.run_dir import read_recipe
 from diffusion.chain import Chain
 from diffusion.fingerprint import fingerprint
@@ -40,12 +40,13 @@ from protocol.seeds import Purpose, derive_seed
 from protocol.tickets import evaluation_seeds
 from sfumato import PACKAGES
 from tests.loras import write_kohya
-from tests.models import make_tiny_model
+from tests.models import make_tiny_flux_model, make_tiny_model, make_tiny_sd3_model
 from tests.rewards.hub_cache import add_repository
 
 PROMPTS = ("a red seven", "a blue one", "a green two")
 PROMPT, NUM_IMAGES, SEED = PROMPTS[0], 3, 5
 VERSIONS = (1, 2)
+FP32 = {"precision": "fp32"}
 
 PLAIN = f"""
 import json, os, sys
@@ -180,6 +181,14 @@ def exports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     lora_and_scale = {"path": str(write_kohya(desk / "style.safetensors", model)), "scale": 0.75}
     settings = {"path": str(model), "lora": lora_and_scale, "trainable": {"form": "lora", "rank": 3, "alpha": 12.0}}
     started = make_run(desk / "started", pinned(a_recipe(model, model=settings)))
+    flow = {"kernel": "flow_grpo", "eta": 0.7, "num_steps": 3, "guidance_scale": 3.0}
+    sd3, flux = (
+        make_run(desk / name, a_recipe(model, model={**settings, "path": str(path), "lora": None}, sampler=flow))
+        for name, path, settings in (
+            ("sd3", make_tiny_sd3_model(desk / "sd3-base"), settings),
+            ("flux", make_tiny_flux_model(desk / "flux-base"), {**settings, "resolution": 16}),
+        )
+    )
     made = {
         "adapter": Exported(lora, 2, desk / "a"),
         "older adapter": Exported(lora, 1, desk / "b"),
@@ -189,7 +198,11 @@ def exports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         "guided adapter": Exported(guided, 2, desk / "f"),
         "adapter on a lora": Exported(started, 2, desk / "g"),
         "fused on a lora": Exported(started, 2, desk / "h"),
+        "adapter of SD 3": Exported(sd3, 2, desk / "i"),
+        "fused FLUX": Exported(flux, 2, desk / "j"),
     }
+    export_run(sd3, made["adapter of SD 3"].folder)
+    export_run(flux, made["fused FLUX"].folder, form="pipeline")
     export_run(lora, made["adapter"].folder)
     export_run(lora, made["older adapter"].folder, version=1)
     export_run(lora, made["fused"].folder, form="pipeline")
@@ -203,7 +216,7 @@ def exports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 KINDS = (
     *("adapter", "older adapter", "fused", "full", "fused in half precision", "guided adapter"),
-    *("adapter on a lora", "fused on a lora"),
+    *("adapter on a lora", "fused on a lora", "adapter of SD 3", "fused FLUX"),
 )
 
 
@@ -220,7 +233,7 @@ def drawn(exports: dict[str, Exported], tmp_path_factory: pytest.TempPathFactory
             "seeds": [derive_seed(s, Purpose.INITIAL_NOISE, 0) for s in evaluation_seeds(SEED, PROMPT, NUM_IMAGES)],
             "arguments": {
                 "num_inference_steps": read_recipe(export.run).sampler.num_steps,
-                "guidance_scale": read_recipe(export.run).sampler.guidance_scale,
+                **{name: v for name, v in pipeline_arguments(read_recipe(export.run)).items() if name != "eta"},
             },
         }
         for name, export in exports.items()
@@ -243,7 +256,7 @@ def drawn(exports: dict[str, Exported], tmp_path_factory: pytest.TempPathFactory
 def our_images(export: Exported, *, tuned: bool = True) -> np.ndarray:
     """What our sampler draws of a version, without noise in its steps, as uint8 (N, H, W, 3)."""
     recipe = read_recipe(export.run)
-    policy = Policy(recipe.model.path, trainable=recipe.model.trainable, seed=recipe.seed, lora=recipe.model.lora)
+    policy = Policy.from_recipe(recipe.model_copy(update={"learner": recipe.learner.model_copy(update=FP32)}))
     torch.set_num_threads(1)
     if tuned:
         (file,) = export.run.glob(f"checkpoints/*/versions/{export.version:06d}.safetensors")
@@ -407,12 +420,12 @@ def test_of_a_full_run_every_weight_is_the_published_one(exports: dict[str, Expo
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_cards_first_lines_are_what_the_hub_reads(exports: dict[str, Exported], model: Path, name: str) -> None:
+def test_the_cards_first_lines_are_what_the_hub_reads(exports: dict[str, Exported], name: str) -> None:
     _, front, _ = exports[name].card.split("---\n", 2)
     is_adapter = "adapter" in name
     facts = yaml.safe_load(front)
     assert facts == {
-        "base_model": str(model),
+        "base_model": read_recipe(exports[name].run).model.path,
         "base_model_relation": "adapter" if is_adapter else "finetune",
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
