@@ -63,7 +63,7 @@ class Descent:
         self.costs = Costs()
 
     def batches(self, probe: Probe, item_NK: Tensor) -> list[Tensor]:
-        """Returns micro-batches of items, of at most the recipe's size in U-Net evaluations but for guidance."""
+        """Returns micro-batches of items, of at most the recipe's size in network evaluations but for guidance."""
         return micro_batches(item_NK, max(1, self._micro_batch_size // probe.width))
 
     @torch.no_grad()

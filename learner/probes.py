@@ -61,7 +61,7 @@ class Probe(Protocol):
 
     @property
     def num_evaluations(self) -> int:
-        """U-Net evaluations that one item costs."""
+        """Network evaluations that one item costs."""
         ...
 
     @property
@@ -335,7 +335,7 @@ class PerceptualProbe(ErrorProbe):
 
 
 class TargetProbe:
-    """Whether targets have features to divide by: (N, K) bool; no evaluation of the U-Net. It keeps the features, in
+    """Whether targets have features to divide by: (N, K) bool; no evaluation of the network. It keeps the features, in
     main memory, so that nothing is encoded twice."""
 
     num_branches = 1

@@ -129,7 +129,7 @@ def derived_numbers(recipe: Recipe) -> dict[str, str]:
         numbers |= {
             "images sampled a round, at most": f"{batch.num_trajectories} ({batch.num_groups} groups of "
             f"{batch.group_size}), {recipe.rounds * batch.num_trajectories} in all",
-            "U-Net forwards to sample a round": f"{rollout_forwards(recipe)}",
+            "network evaluations to sample a round": f"{rollout_forwards(recipe)}",
         }
     if algorithm.content == "trajectories":
         per_sample = 2 if isinstance(algorithm, SpinExact) else 1
@@ -139,7 +139,7 @@ def derived_numbers(recipe: Recipe) -> dict[str, str]:
             "micro-batches of a pass, a rank": f"{math.ceil(items / learner.micro_batch_size)}",
         }
     numbers |= {
-        "U-Net forwards to learn a round, at most": f"{learner_forwards(recipe)}",
+        "network evaluations to learn a round, at most": f"{learner_forwards(recipe)}",
         "versions kept": "the opponent's and the newest" if recipe.iterations else f"{recipe.lag + 1}",
         **_firewall(recipe),
         **({"note": "; ".join(notes)} if (notes := warnings(recipe)) else {}),
@@ -184,7 +184,7 @@ def num_branches(recipe: Recipe) -> int:
 
 
 def rollout_forwards(recipe: Recipe) -> int:
-    """Returns the U-Net evaluations that rollouts make in a round, at most: excursions take the conditional branch."""
+    """Returns the network's evaluations by rollouts in a round, at most: excursions take the conditional branch."""
     num_steps = 0
     if "prompts" in recipe.source_kinds or recipe.iterations:
         num_steps = recipe.sampler.num_steps * num_branches(recipe)
@@ -194,7 +194,7 @@ def rollout_forwards(recipe: Recipe) -> int:
 
 
 def learner_forwards(recipe: Recipe) -> int:
-    """Returns the U-Net evaluations that the learner makes in a round, at most; a backward pass counts as two."""
+    """Returns the network evaluations that the learner makes in a round, at most; a backward pass counts as two."""
     algorithm, batch, sampler = recipe.algorithm, recipe.batch, recipe.sampler
     traversal = batch.num_trajectories * sampler.num_scored_steps * num_branches(recipe)
     passes = algorithm.num_updates

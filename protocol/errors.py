@@ -32,7 +32,8 @@ class SfumatoError(Exception):
             parts.append(f"Expected: {expected.rstrip('.')}")
         if do:
             parts.append(f"To do: {do.rstrip('.')}")
-        super().__init__(". ".join(parts) + ".")
+        # What ends with a table ends its line itself.
+        super().__init__((". ".join(parts) + ".").replace("\n. ", "\n"))
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), str(self)))

@@ -28,7 +28,7 @@ class Group:
 
     `sampler` and `fingerprint` are canonical JSON. `worker`, `rollout_s` and `reward_s` tell who made this
     copy and how long it took, `num_images` how many images were decoded and
-    `num_evaluations` how often the U-Net was evaluated for one latent; they are not part of its content.
+    `num_evaluations` how often the network was evaluated for one latent; they are not part of its content.
     """
 
     ticket_id: str

@@ -34,7 +34,7 @@ RESERVED_LABELS = (
 
 
 class Lora(Section):
-    """Low-rank adapters on the U-Net; the reference is the same module with them switched off."""
+    """Low-rank adapters on the network; the reference is the same module with them switched off."""
 
     form: Literal["lora"] = "lora"
     """Training form."""
@@ -54,7 +54,7 @@ class Lora(Section):
 
 
 class Full(Section):
-    """All weights of the U-Net; the reference is a frozen copy in the same dtype."""
+    """All weights of the network; the reference is a frozen copy in the same dtype."""
 
     form: Literal["full"]
     """Training form."""
@@ -77,7 +77,7 @@ class Model(Section):
     lora: StartingLora | None = None
     """A LoRA that is added into the base model first; null: none."""
     trainable: Trainable = Lora()
-    """LoRA adapters or the full U-Net."""
+    """LoRA adapters or the full network (a U-Net, or a transformer)."""
     resolution: PositiveInt | None = None
     """Side of the images that are drawn and learnt from, in pixels; null: the model's own."""
 

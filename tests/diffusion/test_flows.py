@@ -121,8 +121,8 @@ def test_dance_grpos_sde_keeps_the_flows_marginals_as_steps_shrink() -> None:
 
 
 def test_flow_grpos_sde_keeps_them_more_slowly() -> None:
-    """K-T6. Its first step, which divides by the second share's complement, adds a^2 however short it is; what it adds
-    too much is forgotten at a rate that only grows with ln N, so that the error falls more slowly than 1/N."""
+    """K-T6. Its first step, which divides by the second share's complement, leaves a^4/4 too much variance however
+    short it is; that is forgotten at a rate that only grows with ln N, so that the error falls more slowly than 1/N."""
     errors = [variance_error("flow_grpo", 0.7, num_steps) for num_steps in (200, 800, 3200)]
     assert 0.2125 + errors[0] == pytest.approx(0.2139, abs=5e-5)
     assert errors[0] > errors[1] > errors[2] > 0

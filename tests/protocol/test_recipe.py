@@ -556,10 +556,10 @@ def test_derived_numbers_are_those_computed_by_hand(model_folder: Path) -> None:
         "groups a round": "24, 12 a rank",
         "optimizer steps": "48 (4 a round)",
         "images sampled a round, at most": "192 (24 groups of 8), 2304 in all",
-        "U-Net forwards to sample a round": "1920",
+        "network evaluations to sample a round": "1920",
         "scored steps of a trajectory": "9 of 10",
         "micro-batches of a pass, a rank": "14",
-        "U-Net forwards to learn a round, at most": f"{192 * 9 * 17}",
+        "network evaluations to learn a round, at most": f"{192 * 9 * 17}",
         "versions kept": "1",
         "latent shape, entries": "(4, 8, 8), 256",
         "a group on the wire, at most": f"{group_bytes / 2**20:.2f} MiB",
@@ -572,9 +572,9 @@ def test_derived_numbers_are_those_computed_by_hand(model_folder: Path) -> None:
 def test_derived_numbers_follow_the_recipe(model_folder: Path) -> None:
     doubled = derive(model_folder, "lag=1", "sampler.guidance_scale=5", "sampler.last_step=clamp")
     assert doubled["versions kept"] == "2"
-    assert doubled["U-Net forwards to sample a round"] == "3840"
+    assert doubled["network evaluations to sample a round"] == "3840"
     assert doubled["scored steps of a trajectory"] == "10 of 10"
-    assert doubled["U-Net forwards to learn a round, at most"] == f"{192 * 10 * 2 * 17}"
+    assert doubled["network evaluations to learn a round, at most"] == f"{192 * 10 * 2 * 17}"
     summed = derive(model_folder, "algorithm.latent_reduce=latent_sum", "algorithm.time_reduce=time_sum")
     assert summed["beta of the trajectory KL, sum_sum"] == "0.01"
     assert "window as a mean shift, in sigma an entry" not in derive(model_folder, "algorithm.clip_eps=null")
@@ -615,8 +615,8 @@ def test_each_algorithms_numbers_are_those_counted_by_hand(
     model_folder: Path, overrides: list[str], learning: int, steps_an_image: int, latents_a_group: int
 ) -> None:
     numbers = derive(model_folder, *overrides)
-    assert numbers["U-Net forwards to learn a round, at most"] == str(learning)
-    sampling = numbers.get("U-Net forwards to sample a round")
+    assert numbers["network evaluations to learn a round, at most"] == str(learning)
+    sampling = numbers.get("network evaluations to sample a round")
     assert sampling == (f"{192 * steps_an_image}" if steps_an_image else None)
     # Rewards and log-probabilities are small beside the latents.
     size = float(numbers["a group on the wire, at most"].split()[0])
