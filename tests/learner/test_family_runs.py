@@ -30,6 +30,9 @@ QUICK = {
 }
 """One of each content and the perceptual encoder, and what flows alone have; the rest is slow."""
 
+TOLERANCE = 5e-6
+"""Of a log-probability, latent_mean."""
+
 FLOW_CASE = {
     **CASES["policy_gradient"],
     "algorithm": {"name": "policy_gradient", "clip_range": None, "kl_coef": 0.04, "kl_form": "flow_grpo"},
@@ -67,11 +70,13 @@ def test_an_algorithm_learns_on_a_family(
     sampler = {"num_steps": T, **parts.get("sampler", {})}
     if family in FLOWS:
         sampler |= {"kernel": "flow_grpo", "eta": 0.7}
-    run = desk.run(f"{family}-{name}", {**parts, "sampler": sampler}, model=models[family])
+    # A group's batch and a micro-batch round differently, and guidance enlarges that.
+    learner = {"learning_rate": 1e-3, "micro_batch_size": 8, "parity_tolerance": TOLERANCE}
+    run = desk.run(f"{family}-{name}", {**parts, "sampler": sampler}, model=models[family], learner=learner)
     rows = run.train()
     assert all(math.isfinite(row["loss"]) for row in rows)
     published = [row["published_digest"] for row in run.lines("ledger.jsonl")]
     assert len(set(published)) > 1, "the weights have moved"
     assert all(tensor.isfinite().all() for tensor in weights_of(run).values())
     if rows[0]["parity/max_abs"] is not None:
-        assert max(row["parity/max_abs"] for row in rows) < 1e-6
+        assert max(row["parity/max_abs"] for row in rows) < TOLERANCE
