@@ -24,9 +24,9 @@ MAKE = {
 FLOWS = ("sd3", "flux")
 QUICK = {
     "v_prediction": ("ncp_dpo",),
-    "xl": ("prdp", "ncp_dpo"),
-    "sd3": ("prdp", "spin", "sharpening_rlhf", "sharpening_sft_through_steps", "policy_gradient_flow"),
-    "flux": ("prdp", "policy_gradient"),
+    "xl": ("ncp_dpo",),
+    "sd3": ("spin", "sharpening_rlhf", "policy_gradient_flow"),
+    "flux": ("prdp",),
 }
 """One of each content and the perceptual encoder, and what flows alone have; the rest is slow."""
 

@@ -77,6 +77,7 @@ def test_a_dataset_is_encoded_for_methods_that_learn_from_one(tiny_model: str, t
     assert row["num_images"] == 2 * SMALL.num_groups * SMALL.group_size, "both of each pair"
 
 
+@pytest.mark.slow
 def test_other_kernels_are_compared_with_the_default(tiny_model: str) -> None:
     row = run(Case("sd15", KERNELS, "lora", "fp32"), Path(tiny_model), SMALL, [], CPU)
     variants = row["variants"]
