@@ -40,7 +40,7 @@ from diffusion.starting_lora import (
 from diffusion.weights import State, weights_digest
 from protocol.errors import ModelError
 from protocol.memory import MAX_CACHED_PROMPTS
-from protocol.models import latent_shape, vae_factor
+from protocol.models import evaluations, latent_shape, vae_factor
 from protocol.paths import model_source
 from protocol.recipe import Full, Lora, Recipe, Sampler
 from protocol.requirements import check_model
@@ -152,7 +152,7 @@ class Policy:
 
     def num_branches(self, guidance_scale: float) -> int:
         """Returns how often guidance evaluates the network."""
-        return 1 if guidance_scale == 1.0 or self.family.embeds_guidance else 2
+        return evaluations(guidance_scale, embeds_guidance=self.family.embeds_guidance)
 
     def schedule(self, sampler: Sampler) -> StepConstants:
         """Returns the constants of a sampler's T steps on this model's noise schedule. Raises ModelError."""

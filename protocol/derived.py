@@ -23,7 +23,7 @@ from protocol.algorithms import (
 from protocol.base_model import check_base_model, check_starting_lora, told
 from protocol.datasets import locate
 from protocol.errors import RecipeError
-from protocol.models import ModelFacts, read_facts
+from protocol.models import ModelFacts, evaluations, read_facts
 from protocol.paths import model_source
 from protocol.prompt_sets import check_exists, make_lists
 from protocol.recipe import Recipe
@@ -180,7 +180,8 @@ def _sources(recipe: Recipe) -> dict[str, str]:
 def num_branches(recipe: Recipe) -> int:
     """Returns how often a sampling step evaluates the network: twice with guidance, but for a model that is told it."""
     facts = facts_of(recipe)
-    return 1 if recipe.sampler.guidance_scale == 1.0 or (facts is not None and facts.embeds_guidance) else 2
+    embeds_guidance = facts is not None and facts.embeds_guidance
+    return evaluations(recipe.sampler.guidance_scale, embeds_guidance=embeds_guidance)
 
 
 def rollout_forwards(recipe: Recipe) -> int:

@@ -26,6 +26,7 @@ from protocol.activations import (
 from protocol.algorithms import PolicyGradient, SharpeningRlhf, SharpeningSft, SpinExact
 from protocol.derived import BYTES, group_bytes, in_flight_bytes
 from protocol.model_files import ModelFiles, read_model_files
+from protocol.models import evaluations
 from protocol.paths import model_source
 from protocol.recipe import Full, Lora, Recipe
 from protocol.roles import Learner, Placement
@@ -301,7 +302,7 @@ def _num_versions(recipe: Recipe) -> int:
 
 def _num_branches(recipe: Recipe, files: ModelFiles) -> int:
     """Evaluations of a sampling step, in one batch."""
-    return 1 if recipe.sampler.guidance_scale == 1.0 or files.denoiser.get("guidance_embeds") else 2
+    return evaluations(recipe.sampler.guidance_scale, embeds_guidance=bool(files.denoiser.get("guidance_embeds")))
 
 
 def _width(recipe: Recipe) -> int:

@@ -137,6 +137,11 @@ def latent_shape(
     return num_channels, resolution // vae_factor(vae), resolution // vae_factor(vae)
 
 
+def evaluations(guidance_scale: float, *, embeds_guidance: bool) -> int:
+    """Returns how often a sampling step evaluates the network: twice with guidance, unless the network is told it."""
+    return 1 if guidance_scale == 1.0 or embeds_guidance else 2
+
+
 def vae_factor(vae: Mapping[str, Any]) -> int:
     """Returns the pixels a side that a latent entry stands for: an autoencoder halves at each block but the last."""
     factor: int = 2 ** (len(vae["block_out_channels"]) - 1)

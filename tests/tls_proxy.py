@@ -107,7 +107,7 @@ class TlsProxy:
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
         try:
-            await asyncio.gather(_copy(reader, inner_writer), _copy(inner_reader, writer))
+            await asyncio.gather(copy_bytes(reader, inner_writer), copy_bytes(inner_reader, writer))
         finally:
             for end in (writer, inner_writer):
                 end.close()
@@ -125,7 +125,8 @@ class TlsProxy:
         self._loop.close()
 
 
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def copy_bytes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Passes on what comes until either end is gone, and closes the writer."""
     try:
         while data := await reader.read(1 << 16):
             writer.write(data)

@@ -11,6 +11,8 @@ from typing import Any, Self
 
 from ray.cluster_utils import Cluster
 
+from tests.tls_proxy import copy_bytes
+
 START_TIMEOUT_S = 10.0
 
 
@@ -80,7 +82,7 @@ class Wire:
         ends = {writer, inner_writer}
         self._writers |= ends
         try:
-            await asyncio.gather(_copy(reader, inner_writer), _copy(inner_reader, writer))
+            await asyncio.gather(copy_bytes(reader, inner_writer), copy_bytes(inner_reader, writer))
         finally:
             self._writers -= ends
 
@@ -96,14 +98,3 @@ class Wire:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-            await writer.drain()
-    except OSError:
-        pass
-    finally:
-        writer.close()
