@@ -95,11 +95,12 @@ class RolloutWorker:
     def _deliver(self) -> None:
         """Appends what is scored first and acknowledges then: dying in between leaves a duplicate, never a gap."""
         for claim, sampled in [held for held in self._scoring if held[1].scores.ready()]:
-            self._streams.append(self._rollout.complete(sampled))
+            group = self._rollout.complete(sampled)
+            self._streams.append(group)
             self._streams.acknowledge(claim)
             self._scoring = [held for held in self._scoring if held[0] is not claim]
             self._num_groups += 1
-            self._num_images += sampled.made.num_images
+            self._num_images += group.num_images
 
     def _renew(self) -> None:
         if time.monotonic() - self._renewed_at < self._claim_idle_s / 4:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,9 @@ class Pending:
 
 class NoCompute:
     """A rollout whose groups have the right size and cost only time."""
+
+    fetched = None
+    peak_bytes = 0
 
     def __init__(self, store: StoreClient, compute_s: float, shape: tuple[int, ...]) -> None:
         self._store, self.compute_s, self._held = store, compute_s, ""
@@ -185,6 +188,7 @@ class Bench:
         skipped = num_groups // 4
         before, after = self._usage(), {}
         while len(latencies_s) < num_groups:
+            ray.get(ray.wait(runs, timeout=0)[0])  # Raises what an actor was lost to.
             for arrival in self._reader.read(block_s=READ_BLOCK_S):
                 assert isinstance(arrival.content, Group)
                 receipt_of(arrival.content)
@@ -239,18 +243,20 @@ class Bench:
         return f"{0:06d}-{number:04d}"
 
 
-def measure() -> dict[str, Any]:
+def measure(
+    counts: Sequence[int] = COUNTS, shape: tuple[int, ...] = SD_SHAPE, paced_s: float = PACED_S
+) -> dict[str, Any]:
     """Returns what is measured at each number of actors that fits into memory."""
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     points = []
     with tempfile.TemporaryDirectory() as folder, RedisServer(Path(folder)) as server:
-        bench = Bench(server, SD_SHAPE)
-        for count in COUNTS:
+        bench = Bench(server, shape)
+        for count in counts:
             if psutil.virtual_memory().available < count * ACTOR_BYTES:
                 break
             bench.grow(count)
             broadcasts = [bench.broadcast() for _ in range(3)]
-            for compute_s, num_groups in ((0.0, max(32, 2 * count)), (PACED_S, 3 * count)):
+            for compute_s, num_groups in ((0.0, max(32, 2 * count)), (paced_s, 3 * count)):
                 if compute_s and count == 1:
                     num_groups = 8
                 seen = {"actors": count, "compute_s": compute_s, "broadcast_s": statistics.median(broadcasts)}
@@ -258,7 +264,7 @@ def measure() -> dict[str, Any]:
                 print({name: round(value, 4) for name, value in seen.items()}, flush=True)
                 points.append(seen)
     ray.shutdown()
-    return {"group_bytes": np.prod(SD_SHAPE).item() * 2, "version_bytes": VERSION_BYTES, "points": points}
+    return {"group_bytes": np.prod(shape).item() * 2, "version_bytes": VERSION_BYTES, "points": points}
 
 
 def demand_of(measured: dict[str, Any]) -> Demand:
