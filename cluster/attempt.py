@@ -17,9 +17,9 @@ from ray.exceptions import RayError, RayTaskError
 from cluster import launch
 from cluster.crew import Crew
 from cluster.grids import save_grid, side_by_side
-from cluster.launch import Endpoint
 from cluster.metrics import Metrics
 from cluster.nodes import Strategy, strategies
+from cluster.processes import Endpoint
 from cluster.pulse import Pulse, Services
 from cluster.redis_server import RedisKeeper
 from cluster.reward_pools import Pools
