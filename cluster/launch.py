@@ -99,7 +99,7 @@ def start_learners(learner: Learner, strategy: Strategy, timeout_s: float) -> tu
             value=f"{demand(learner)} for each rank, {strategy}",
             do="look at `ray status`: other jobs may use the nodes; or raise supervision.start_timeout_s",
         )
-    remote = ray.remote(LearnerProcess)
+    remote = ray.remote(concurrency_groups={HEALTH: 1})(LearnerProcess)
     ranks = [
         remote.options(
             # DeepSpeed chooses once, when it is first imported.

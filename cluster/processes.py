@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -28,6 +28,10 @@ from protocol.roles import Placement, Reward
 from protocol.scores import plain_total
 from protocol.stream import Streams, connect
 from protocol.tickets import Ticket, TicketPlan
+
+if TYPE_CHECKING:  # Before a process has its settings it must not import torch.
+    from actors.rollout_worker import RolloutWorker
+    from diffusion.chain import Chain
 
 BUILD_TIMEOUT_S = 3600.0
 """How long a reward may take to be built: its first time on a machine may download gigabytes."""
@@ -56,57 +60,30 @@ class Endpoint:
         return Streams(client, run_id=self.run_id, attempt=self.attempt, num_shards=self.num_shards)
 
 
-class RolloutProcess:
-    """A rollout worker in a process of its own. `run` and `stop` are called concurrently.
-
-    The constructor builds nothing: an error of ours raised there would reach the driver as a dead actor's.
-    """
+class Sampling:
+    """What a process that samples has besides its chain: it answers tickets, and draws sample grids."""
 
     def __init__(
-        self, name: str, recipe: Recipe, run_dir: str, endpoint: Endpoint, store: Any, pools: Sequence[RewardPool]
+        self, name: str, recipe: Recipe, run_dir: Path, endpoint: Endpoint, pools: Sequence[RewardPool]
     ) -> None:
-        self._name, self._recipe, self._run_dir, self._endpoint = name, recipe, Path(run_dir), endpoint
-        self._store, self._scorer = StoreClient(store), Scorer(pools, self._run_dir)
-        self._stopping = threading.Event()
+        self._name, self._recipe, self._run_dir, self._endpoint = name, recipe, run_dir, endpoint
+        self._scorer = Scorer(pools, run_dir)
+        self.use = self._scorer.use
 
-    def use_pools(self, pools: Sequence[RewardPool]) -> None:
-        """From now on asks these reward actors."""
-        self._scorer.use(pools)
-
-    def build(self) -> None:
-        """Loads the model and connects."""
-        self._endpoint.refuse_others(f"the rollout actor {self._name}")
-        import torch
-
+    def make_worker(
+        self, chain: Chain, fetch: Callable[[Ticket], bytes], after_step: Callable[[], None] = lambda: None
+    ) -> RolloutWorker:
+        """Connects, and returns what answers tickets with a chain."""
         from actors.makers import GroupMaker
         from actors.real import open_real_images
         from actors.rollout import Rollout
         from actors.rollout_worker import RolloutWorker
-        from diffusion.chain import Chain
-        from diffusion.policy import Policy
 
-        log.set_up(self._endpoint.run_id, f"rollout/{self._name}")
-        torch.set_num_threads(self._recipe.rollout_worker.threads)
-        self._policy = Policy.from_recipe(self._recipe, device_of(self._recipe.rollout_worker))
-        self._chain = Chain(self._policy, self._recipe.sampler)
-        maker = GroupMaker(self._chain, self._recipe, open_real_images(self._recipe, self._run_dir, self._policy))
-        rollout = Rollout(self._chain, maker, self._fetch, self._scorer, self._name)
-        self._worker = RolloutWorker(
-            self._name, rollout, self._endpoint.open(), self._recipe, lambda: self._scorer.num_replicas
-        )
-
-    def build_and_run(self) -> None:
-        """What a replacement does."""
-        self.build()
-        self.run()
-
-    def run(self) -> None:
-        """Answers tickets until `stop`."""
-        self._worker.run(self._stopping.is_set)
-
-    def stop(self) -> None:
-        """Lets `run` return after the ticket in hand."""
-        self._stopping.set()
+        self._chain = chain
+        maker = GroupMaker(chain, self._recipe, open_real_images(self._recipe, self._run_dir, chain.policy))
+        rollout = Rollout(chain, maker, fetch, self._scorer, self._name)
+        streams = self._endpoint.open()
+        return RolloutWorker(self._name, rollout, streams, self._recipe, lambda: self._scorer.num_replicas, after_step)
 
     def draw_grid(self, prompts: Sequence[str], data: bytes | None) -> list[tuple[str, Any, Any]]:
         """Returns (prompt, images, rewards) at the evaluation's fixed seeds, with weights or with the base's."""
@@ -114,7 +91,7 @@ class RolloutProcess:
         from diffusion.weights import unpack
 
         if data is not None:
-            self._policy.load_trainable_state(unpack(data))
+            self._chain.policy.load_trainable_state(unpack(data))
         rows = []
         for prompt in prompts:
             images = draw_images(self._chain, prompt, self._recipe.evaluation.grid_images, self._recipe.evaluation.seed)
@@ -130,6 +107,54 @@ class RolloutProcess:
         rewards = self._recipe.rewards
         return plain_total(parts, rewards) if rewards and all(reward.label in parts for reward in rewards) else None
 
+
+class RolloutProcess:
+    """A rollout worker in a process of its own. `run` and `stop` are called concurrently.
+
+    The constructor builds nothing: an error of ours raised there would reach the driver as a dead actor's.
+    """
+
+    def __init__(
+        self, name: str, recipe: Recipe, run_dir: str, endpoint: Endpoint, store: Any, pools: Sequence[RewardPool]
+    ) -> None:
+        self._name, self._recipe, self._endpoint, self._store = name, recipe, endpoint, StoreClient(store)
+        self._sampling = Sampling(name, recipe, Path(run_dir), endpoint, pools)
+        self._stopping = threading.Event()
+
+    def use_pools(self, pools: Sequence[RewardPool]) -> None:
+        """From now on asks these reward actors."""
+        self._sampling.use(pools)
+
+    def build(self) -> None:
+        """Loads the model and connects."""
+        self._endpoint.refuse_others(f"the rollout actor {self._name}")
+        import torch
+
+        from diffusion.chain import Chain
+        from diffusion.policy import Policy
+
+        log.set_up(self._endpoint.run_id, f"rollout/{self._name}")
+        torch.set_num_threads(self._recipe.rollout_worker.threads)
+        policy = Policy.from_recipe(self._recipe, device_of(self._recipe.rollout_worker))
+        self._worker = self._sampling.make_worker(Chain(policy, self._recipe.sampler), self._fetch)
+
+    def build_and_run(self) -> None:
+        """What a replacement does."""
+        self.build()
+        self.run()
+
+    def run(self) -> None:
+        """Answers tickets until `stop`."""
+        self._worker.run(self._stopping.is_set)
+
+    def stop(self) -> None:
+        """Lets `run` return after the ticket in hand."""
+        self._stopping.set()
+
+    def draw_grid(self, prompts: Sequence[str], data: bytes | None) -> list[tuple[str, Any, Any]]:
+        """See Sampling."""
+        return self._sampling.draw_grid(prompts, data)
+
     def _fetch(self, ticket: Ticket) -> bytes:
         """Waits until the store has the ticket's weights: a restarted store is filled again by the learner."""
         while (data := self._store.fetch(ticket.weights_digest)) is None:
@@ -139,7 +164,10 @@ class RolloutProcess:
 
 
 class LearnerProcess:
-    """One learner rank in a process of its own."""
+    """One learner rank in a process of its own. Where it samples too, `use_pools` is called while it trains."""
+
+    def __init__(self) -> None:
+        self._sampling: Sampling | None = None
 
     def address(self) -> tuple[str, int]:
         """Returns this node's address and a free port, for the gang to meet at rank 0."""
@@ -158,8 +186,9 @@ class LearnerProcess:
         store: Any,
         company: Company,
         resume_round: int,
+        pools: Sequence[RewardPool],
     ) -> None:
-        """Builds the rank; returns when the whole gang is built."""
+        """Builds the rank; returns when the whole gang is built. `pools` is what it asks where it samples too."""
         endpoint.refuse_others(f"the learner rank {rank}")
         address, port = meeting
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(recipe.learner.world_size))
@@ -168,14 +197,28 @@ class LearnerProcess:
 
         from learner.train import LearnerRank
 
+        if recipe.is_colocated and company.name is None:
+            self._sampling = Sampling(colocated_name(rank), recipe, Path(run_dir), endpoint, pools)
         device = torch.device(device_of(recipe.learner))
+        make_worker = self._sampling.make_worker if self._sampling else None
         self._rank = LearnerRank(
-            recipe, plan, Path(run_dir), endpoint.open(), StoreClient(store), device, company, resume_round
+            recipe, plan, Path(run_dir), endpoint.open(), StoreClient(store), device, company, resume_round, make_worker
         )
 
     def train(self) -> None:
         """Runs the rounds that are left."""
         self._rank.train()
+
+    @ray.method(concurrency_group=HEALTH)
+    def use_pools(self, pools: Sequence[RewardPool]) -> None:
+        """From now on asks these reward actors, if it samples."""
+        if self._sampling:
+            self._sampling.use(pools)
+
+    def draw_grid(self, prompts: Sequence[str], data: bytes | None) -> list[tuple[str, Any, Any]]:
+        """See Sampling; before or after training, by a rank that samples."""
+        assert self._sampling is not None, "this rank does not sample"
+        return self._sampling.draw_grid(prompts, data)
 
 
 class RewardProcess:
@@ -236,6 +279,11 @@ class RewardProcess:
 
         settings = self._settings
         return RewardActor(settings.label, build(settings.name, settings.kwargs, device_of(settings)), check_scores)
+
+
+def colocated_name(rank: int) -> str:
+    """Returns the rollout name of a learner rank that samples too."""
+    return f"learner-{rank}"
 
 
 def device_of(placement: Placement) -> str:
