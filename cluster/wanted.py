@@ -12,6 +12,8 @@ from protocol.errors import RecipeError, RunDirError
 from protocol.recipe import Recipe
 from protocol.roles import MAX_ACTORS, Rollouts
 
+ALONE = "a run does without rollout actors where its learner samples too: resume it with rollouts=0"
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -83,5 +85,10 @@ def parse_reward(text: str, recipe: Recipe) -> tuple[str, int]:
 
 def _count(option: str, text: str, number: str, fewest: int = 1) -> int:
     if not number.isdecimal() or not fewest <= int(number) <= MAX_ACTORS:
-        raise RecipeError(f"{option}: this is no number of actors", value=text, expected=f"{fewest} to {MAX_ACTORS}")
+        raise RecipeError(
+            f"{option}: this is no number of actors",
+            value=text,
+            expected=f"{fewest} to {MAX_ACTORS}",
+            do=ALONE if option == "--rollouts" and fewest and number == "0" else "",
+        )
     return int(number)
