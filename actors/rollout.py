@@ -89,13 +89,17 @@ class Rollout:
         self._fetch_version, self._score = fetch_version, score
         self._worker = f"{worker}@{socket.gethostname()}"
         self._fingerprint = fingerprint(chain.policy.device, chain.policy.base_digest)
-        self._digest = ""
+        self._digest: str | None = ""
         self.fetched: Fetched | None = None
 
     @property
     def peak_bytes(self) -> int:
         """The most memory that this process has held."""
         return peak_bytes(self._chain.policy.device)
+
+    def forget_weights(self) -> None:
+        """Says that somebody else may have changed the policy's weights."""
+        self._digest = None
 
     def sample(self, ticket: Ticket, after_step: Callable[[], None]) -> Sampled:
         """Makes the ticket's group and sends its images to be scored, without waiting for the scores."""
@@ -136,8 +140,10 @@ class Rollout:
         group reports is what sampled it, not what was asked for. A group that is only encoded holds for any weights."""
         if not self._maker.is_sampled(ticket):
             return ticket.weights_digest
+        policy = self._chain.policy
+        if self._digest is None:
+            self._digest = weights_digest(policy.trainable_state())
         if self._digest != ticket.weights_digest:
-            policy = self._chain.policy
             policy.load_trainable_state(unpack(self._fetch(ticket)))
             self._digest = weights_digest(policy.trainable_state())
         return self._digest

@@ -5,6 +5,7 @@
                               +-- next ticket -------+      one is sampled, as many are scored as keep the pools busy
 
 Held tickets are renewed by progress, once a denoising step or a poll for scores: a worker that hangs lets go.
+A worker of its own runs until it is stopped; one that shares a learner's process has its turn while tickets wait.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from protocol.errors import RedisError
 from protocol.log import LOG
 from protocol.recipe import Recipe
 from protocol.stream import Claim, Streams
+from protocol.tickets import Ticket
 
 if TYPE_CHECKING:  # The loop itself needs no model, nor torch.
     from actors.rollout import Fetched, Rollout, Sampled
@@ -30,16 +32,24 @@ RECONNECT_EVERY_S = 1.0
 
 
 class RolloutWorker:
-    """Answers tickets until `should_stop`. Any number of workers may share one ticket stream."""
+    """Answers tickets. Any number of workers may share one ticket stream."""
 
     def __init__(
-        self, name: str, rollout: Rollout, streams: Streams, recipe: Recipe, num_replicas: Callable[[], int] = lambda: 1
+        self,
+        name: str,
+        rollout: Rollout,
+        streams: Streams,
+        recipe: Recipe,
+        num_replicas: Callable[[], int] = lambda: 1,
+        while_working: Callable[[], None] = lambda: None,
     ) -> None:
-        """`num_replicas` tells how many actors the largest pool of rewards has by now."""
+        """`num_replicas` tells how many actors the largest pool of rewards has by now; `while_working` is called after
+        each step, and may raise to end a turn at once."""
         self._name, self._rollout, self._streams = name, rollout, streams
         self._claim_idle_s = recipe.redis.claim_idle_s
         self._scoring: list[tuple[Claim, Sampled]] = []
-        self._num_replicas, self._fewest_rollouts = num_replicas, recipe.rollouts.min
+        self._num_replicas, self._fewest_workers = num_replicas, recipe.fewest_workers
+        self._while_working = while_working
         self._sampling: Claim | None = None
         self._busy_since: float | None = None
         self._renewed_at = self._reported_at = 0.0
@@ -51,46 +61,62 @@ class RolloutWorker:
         """Takes, samples and delivers. A Redis that is away is waited for: its tickets are issued again."""
         while not should_stop():
             try:
-                self._turn()
+                self._turn(TAKE_BLOCK_S)
             except RedisError as error:
-                for claim in self._held():
-                    LOG.warning(f"let go: {error}", extra={"ticket": claim.ticket.ticket_id})
-                self._sampling, self._busy_since, self._scoring = None, None, []
+                self._let_go(error)
                 time.sleep(RECONNECT_EVERY_S)
         # Else another would make these groups again, once the claims are idle.
         with suppress(RedisError):
             self._wait_for_scores(at_most=0)
 
-    def _turn(self) -> None:
+    def answer_waiting(self, is_wanted: Callable[[Ticket], bool]) -> None:
+        """Answers the tickets that wait, but for those that nobody wants any more, and returns when none does; also
+        where Redis is away, which whoever waits for the groups finds out too. Others may have used the policy before.
+        """
+        self._rollout.forget_weights()
+        try:
+            while self._turn(0.0, is_wanted):
+                pass
+        except RedisError as error:
+            self._let_go(error)
+
+    def _turn(self, block_s: float, is_wanted: Callable[[Ticket], bool] | None = None) -> bool:
+        """Takes a ticket and samples it, or waits for the scores of those before. Returns True if there was one."""
         self._report()
-        claim = self._take()
+        claim = self._streams.take(
+            self._name, block_s=0.0 if self._scoring else block_s, claim_idle_s=self._claim_idle_s
+        )
         if claim is None:
             self._wait_for_scores(at_most=0)
-            return
+            return False
+        if is_wanted and not is_wanted(claim.ticket):
+            self._streams.acknowledge(claim)
+            return True
         self._sampling, self._busy_since = claim, time.monotonic()
         sampled = self._rollout.sample(claim.ticket, after_step=self._between_steps)
         self._busy_s, self._busy_since = self._busy_s + time.monotonic() - self._busy_since, None
-        self._wait_for_scores(at_most=math.ceil(self._num_replicas() / self._fewest_rollouts) - 1)
+        self._wait_for_scores(at_most=math.ceil(self._num_replicas() / self._fewest_workers) - 1)
         self._sampling = None
         self._scoring.append((claim, sampled))
+        return True
 
-    def _take(self) -> Claim | None:
-        block_s = 0.0 if self._scoring else TAKE_BLOCK_S
-        return self._streams.take(self._name, block_s=block_s, claim_idle_s=self._claim_idle_s)
+    def _let_go(self, error: RedisError) -> None:
+        for claim in self._held():
+            LOG.warning(f"let go: {error}", extra={"ticket": claim.ticket.ticket_id})
+        self._sampling, self._busy_since, self._scoring = None, None, []
 
     def _between_steps(self) -> None:
         self._renew()
         self._report()
         self._deliver()
+        self._while_working()
 
     def _wait_for_scores(self, at_most: int) -> None:
         """Returns when so many groups are left that wait for scores."""
         self._deliver()
         while len(self._scoring) > at_most:
-            self._renew()
-            self._report()
             time.sleep(POLL_S)
-            self._deliver()
+            self._between_steps()
 
     def _deliver(self) -> None:
         """Appends what is scored first and acknowledges then: dying in between leaves a duplicate, never a gap."""

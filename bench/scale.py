@@ -24,7 +24,8 @@ import ray
 
 from actors.rollout_worker import RolloutWorker
 from bench.scale_simulation import Demand, Outcome, Plant, broadcast_s, simulate
-from cluster.launch import Endpoint, start_store
+from cluster.launch import start_store
+from cluster.processes import Endpoint
 from cluster.redis_server import RedisServer
 from cluster.versions import own_versions
 from cluster.weight_store import StoreClient

@@ -17,15 +17,15 @@ from ray.exceptions import RayError, RayTaskError
 from cluster import launch
 from cluster.crew import Crew
 from cluster.grids import save_grid, side_by_side
-from cluster.launch import Endpoint
 from cluster.metrics import Metrics
 from cluster.nodes import Strategy, strategies
+from cluster.processes import Endpoint, colocated_name
 from cluster.pulse import Pulse, Services
 from cluster.redis_server import RedisKeeper
 from cluster.reward_pools import Pools
 from cluster.run_dir import RunDir, follower_dir
 from cluster.scaling import Scaling
-from cluster.scoring import explain
+from cluster.scoring import RewardPool, explain
 from cluster.sources import held_out_prompts
 from cluster.versions import own_versions
 from learner.checkpoint import drop_newer, latest_checkpoint, newest_common
@@ -100,9 +100,10 @@ class Attempt:
             self._services,
             start=lambda reward: launch.start_reward(reward, environments),
             probe=lambda actor: actor.probe.remote(*self._probe),
-            tell=self._crew.tell,
+            tell=self._tell_pools,
         )
         self._actors: list[Any] = []
+        self._colocated: dict[str, Any] = {}
         self._groups: list[Any] = []
         self._pulse = Pulse()
         self._metrics = Metrics(run_dir.run_id, {role_name(gang.name): gang.run_dir for gang in self._gangs()})
@@ -119,7 +120,7 @@ class Attempt:
                 self._stop_learners(training, "asked to stop")
                 raise
             self._tell("finishing")
-            self._draw_grid(self._recipe.rounds, self._crew.stop())
+            self._draw_grid(self._recipe.rounds, self._crew.stop() or list(self._colocated.values()))
         finally:
             launch.stop_actors([*self._actors, *self._pools.actors, *self._crew.actors], self._groups)
             with suppress(RedisError):  # Left behind, the keys are deleted by the next attempt.
@@ -137,12 +138,14 @@ class Attempt:
         ranks = [rank for _, gang in gangs for rank in gang]
         self._ranks = [role_of(gang.name, number) for gang, ranks_ in gangs for number in range(len(ranks_))]
         self._actors = [self._store, *ranks]
+        if recipe.is_colocated:
+            self._colocated = {f"rollout/{colocated_name(rank)}": actor for rank, actor in enumerate(gangs[0][1])}
         built = self._crew.hire(recipe.rollouts.min)
         resume_round = self._resume_round()
         joined = [ref for gang, own in gangs for ref in self._join(gang, own, resume_round)]
         self._wait_until_built([*built, *joined])
         if not (self._run_dir.path / "samples" / "round-000000.png").exists():
-            self._draw_grid(0, self._crew.actors)
+            self._draw_grid(0, self._crew.actors or list(self._colocated.values()))
         self._crew.run()
         self._scaling = Scaling(recipe, self._run_dir.path, self._ranks[0], self._crew, self._pools)
         self._tell("training")
@@ -187,6 +190,7 @@ class Attempt:
                 self._store,
                 company,
                 resume_round,
+                self._pools.now,
             )
             for rank, actor in enumerate(ranks)
         ]
@@ -239,6 +243,11 @@ class Attempt:
     def _start_rollout(self, name: str) -> Any:
         pools = self._pools.now
         return launch.start_rollout(name, self._recipe, self._run_dir.path, self._endpoint, self._store, pools)
+
+    def _tell_pools(self, pools: Sequence[RewardPool]) -> None:
+        self._crew.tell(pools)
+        for actor in self._colocated.values():
+            actor.use_pools.remote(pools)
 
     def _watch(self, training: list[Any], redis: RedisKeeper) -> None:
         """Returns when every rank is done. Raises an error of ours, or LearnerLostError."""
@@ -311,7 +320,8 @@ class Attempt:
         with suppress(RedisError):  # For the metrics only.
             for role, words in services.items():
                 self._streams.report_progress(role, **words)
-        shown = {role: words for role, words in said.items() if role in {*self._ranks, *rollouts}}
+        here = {*self._ranks, *self._colocated, *rollouts}
+        shown = {role: words for role, words in said.items() if role in here}
         self._status.progress = {**shown, **services}
         self._scaling.look(said, depth)
         self._status.queue = f"{depth.waiting} waiting, {depth.claimed} claimed"

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import socket
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -20,233 +13,21 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.nodes import Strategy, demand, roles
+from cluster.processes import Endpoint, LearnerProcess, RewardProcess, RolloutProcess, device_of
 from cluster.pulse import HEALTH
-from cluster.scoring import Answer, MakingWayError, OutOfTimeError, RewardPool, Scorer
-from cluster.versions import OF_REWARDS, own_versions, refuse_others
-from cluster.weight_store import StoreClient, WeightStore
-from learner.company import Company
+from cluster.scoring import RewardPool
+from cluster.weight_store import WeightStore
 from protocol import log
-from protocol.errors import RedisError, RewardError, TrainingError
+from protocol.errors import TrainingError
 from protocol.recipe import Recipe
 from protocol.roles import Learner, Placement, Reward
-from protocol.scores import plain_total
-from protocol.stream import Streams, connect
-from protocol.tickets import Ticket, TicketPlan
 from sfumato import WORKING_DIR
 
 ROLE_RESTARTS = 10
 """How often Ray restarts a weight store: it holds nothing that cannot be had again."""
 
-BUILD_TIMEOUT_S = 3600.0
-"""How long a reward may take to be built: its first time on a machine may download gigabytes."""
-
 MORE_ACTORS = 16
 """How many actors of a rollout's size a laptop's run may be scaled up by."""
-
-FETCH_EVERY_S = 0.2
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """What a process needs to join an attempt's streams, and the versions that it must run to do so."""
-
-    url: str
-    run_id: str
-    attempt: int
-    num_shards: int
-    timeout_s: float
-    versions: Mapping[str, str]
-
-    def refuse_others(self, who: str) -> None:
-        """Raises TrainingError where this process runs other versions than the driver."""
-        refuse_others(f"{who} on node {ray.util.get_node_ip_address()}", own_versions(), self.versions)
-
-    def open(self) -> Streams:
-        """Connects. Raises RedisError."""
-        client = connect(self.url, timeout_s=self.timeout_s)
-        return Streams(client, run_id=self.run_id, attempt=self.attempt, num_shards=self.num_shards)
-
-
-class RolloutProcess:
-    """A rollout worker in a process of its own. `run` and `stop` are called concurrently.
-
-    The constructor builds nothing: an error of ours raised there would reach the driver as a dead actor's.
-    """
-
-    def __init__(
-        self, name: str, recipe: Recipe, run_dir: str, endpoint: Endpoint, store: Any, pools: Sequence[RewardPool]
-    ) -> None:
-        self._name, self._recipe, self._run_dir, self._endpoint = name, recipe, Path(run_dir), endpoint
-        self._store, self._scorer = StoreClient(store), Scorer(pools, self._run_dir)
-        self._stopping = threading.Event()
-
-    def use_pools(self, pools: Sequence[RewardPool]) -> None:
-        """From now on asks these reward actors."""
-        self._scorer.use(pools)
-
-    def build(self) -> None:
-        """Loads the model and connects."""
-        self._endpoint.refuse_others(f"the rollout actor {self._name}")
-        import torch
-
-        from actors.makers import GroupMaker
-        from actors.real import open_real_images
-        from actors.rollout import Rollout
-        from actors.rollout_worker import RolloutWorker
-        from diffusion.chain import Chain
-        from diffusion.policy import Policy
-
-        log.set_up(self._endpoint.run_id, f"rollout/{self._name}")
-        torch.set_num_threads(self._recipe.rollout_worker.threads)
-        self._policy = Policy.from_recipe(self._recipe, device_of(self._recipe.rollout_worker))
-        self._chain = Chain(self._policy, self._recipe.sampler)
-        maker = GroupMaker(self._chain, self._recipe, open_real_images(self._recipe, self._run_dir, self._policy))
-        rollout = Rollout(self._chain, maker, self._fetch, self._scorer, self._name)
-        self._worker = RolloutWorker(
-            self._name, rollout, self._endpoint.open(), self._recipe, lambda: self._scorer.num_replicas
-        )
-
-    def build_and_run(self) -> None:
-        """What a replacement does."""
-        self.build()
-        self.run()
-
-    def run(self) -> None:
-        """Answers tickets until `stop`."""
-        self._worker.run(self._stopping.is_set)
-
-    def stop(self) -> None:
-        """Lets `run` return after the ticket in hand."""
-        self._stopping.set()
-
-    def draw_grid(self, prompts: Sequence[str], data: bytes | None) -> list[tuple[str, Any, Any]]:
-        """Returns (prompt, images, rewards) at the evaluation's fixed seeds, with weights or with the base's."""
-        from actors.evaluator import draw_images
-        from diffusion.weights import unpack
-
-        if data is not None:
-            self._policy.load_trainable_state(unpack(data))
-        rows = []
-        for prompt in prompts:
-            images = draw_images(self._chain, prompt, self._recipe.evaluation.grid_images, self._recipe.evaluation.seed)
-            rows.append((prompt, images, self._reward_of(images, prompt)))
-        return rows
-
-    def _reward_of(self, images: Any, prompt: str) -> Any:
-        """Returns the weighted sum (N,) of scores as they are, or None where a reward gave none."""
-        try:
-            parts = self._scorer(images, prompt, "grid").result()
-        except RewardError:  # Pictures are to look at; where scoring fails for good, the run will say so.
-            return None
-        rewards = self._recipe.rewards
-        return plain_total(parts, rewards) if rewards and all(reward.label in parts for reward in rewards) else None
-
-    def _fetch(self, ticket: Ticket) -> bytes:
-        """Waits until the store has the ticket's weights: a restarted store is filled again by the learner."""
-        while (data := self._store.fetch(ticket.weights_digest)) is None:
-            if self._stopping.wait(FETCH_EVERY_S):
-                raise RedisError(f"the run ends before version {ticket.version} came")
-        return data
-
-
-class LearnerProcess:
-    """One learner rank in a process of its own."""
-
-    def address(self) -> tuple[str, int]:
-        """Returns this node's address and a free port, for the gang to meet at rank 0."""
-        with closing(socket.socket()) as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
-
-    def join(
-        self,
-        rank: int,
-        meeting: tuple[str, int],
-        recipe: Recipe,
-        plan: TicketPlan,
-        run_dir: str,
-        endpoint: Endpoint,
-        store: Any,
-        company: Company,
-        resume_round: int,
-    ) -> None:
-        """Builds the rank; returns when the whole gang is built."""
-        endpoint.refuse_others(f"the learner rank {rank}")
-        address, port = meeting
-        os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(recipe.learner.world_size))
-        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-        import torch
-
-        from learner.train import LearnerRank
-
-        device = torch.device(device_of(recipe.learner))
-        self._rank = LearnerRank(
-            recipe, plan, Path(run_dir), endpoint.open(), StoreClient(store), device, company, resume_round
-        )
-
-    def train(self) -> None:
-        """Runs the rounds that are left."""
-        self._rank.train()
-
-
-class RewardProcess:
-    """A reward actor in a process of its own. It builds its reward when it is first asked, also after a restart."""
-
-    def __init__(self, settings: Reward) -> None:
-        self._settings, self._is_hung = settings, False
-        self._busy_s, self._started_at = 0.0, time.monotonic()
-        # One thread for all scores: some models are bound to the thread that built them.
-        self._thread = ThreadPoolExecutor(1)
-
-    def refuse_others(self, versions: Mapping[str, str]) -> None:
-        """Raises TrainingError where this process runs other versions than the driver of what rewards share."""
-        who = f"the reward {self._settings.label} on node {ray.util.get_node_ip_address()}"
-        refuse_others(who, own_versions(), versions, OF_REWARDS)
-
-    def probe(self, prompts: Sequence[str], size: int) -> None:
-        """Scores generated images, so that a reward that cannot work is refused before a run starts."""
-        from rewards.contract import probe_images
-
-        for prompt in prompts:
-            self.score(probe_images(2, size), prompt, 1)
-
-    def score(self, images: Any, prompt: str, num_states: int) -> Answer:
-        """Returns (N,) fp32 scores. Raises OutOfTimeError, and then makes way for a new process; what was waiting here
-        is told so."""
-        if self._is_hung:
-            raise MakingWayError
-        actor = self._in_time(lambda: self._actor, BUILD_TIMEOUT_S)
-        started = time.monotonic()
-        scores = self._in_time(lambda: actor.score(images, prompt, num_states), self._settings.timeout_s)
-        self._busy_s += time.monotonic() - started
-        # A list, since arrays of another numpy than the driver's cross with warnings.
-        return Answer(scores.tolist(), actor.is_pure)
-
-    @ray.method(concurrency_group=HEALTH)
-    def ping(self) -> dict[str, float]:
-        """Answers also while a score is computed: how long it has been busy, of how long it has lived."""
-        if self._is_hung:
-            raise MakingWayError
-        return {"busy_s": self._busy_s, "alive_s": time.monotonic() - self._started_at}
-
-    def _in_time(self, work: Callable[[], Any], timeout_s: float) -> Any:
-        working = self._thread.submit(work)
-        wait([working], timeout=timeout_s)
-        if not working.done():
-            self._is_hung = True
-            # Late enough for errors to arrive.
-            threading.Timer(1.0, os._exit, (1,)).start()
-            raise OutOfTimeError
-        return working.result()
-
-    @functools.cached_property
-    def _actor(self) -> Any:
-        from actors.reward_actor import RewardActor
-        from rewards.contract import check_scores
-        from rewards.loading import build
-
-        settings = self._settings
-        return RewardActor(settings.label, build(settings.name, settings.kwargs, device_of(settings)), check_scores)
 
 
 def connect_ray(recipe: Recipe, *, debug: bool) -> None:
@@ -270,11 +51,6 @@ def local_options(recipe: Recipe) -> dict[str, Any]:
     more = recipe.rollouts.max - recipe.rollouts.min + MORE_ACTORS
     wanted += more * recipe.rollout_worker.num_cpus
     return {"address": "local", "num_cpus": max(int(wanted + 1), os.cpu_count() or 1), "include_dashboard": False}
-
-
-def device_of(placement: Placement) -> str:
-    """Ray shows a process only its own GPUs, so the first visible one is its."""
-    return "cuda" if placement.num_gpus > 0 else "cpu"
 
 
 def start_store(recipe: Recipe) -> Any:
@@ -323,7 +99,7 @@ def start_learners(learner: Learner, strategy: Strategy, timeout_s: float) -> tu
             value=f"{demand(learner)} for each rank, {strategy}",
             do="look at `ray status`: other jobs may use the nodes; or raise supervision.start_timeout_s",
         )
-    remote = ray.remote(LearnerProcess)
+    remote = ray.remote(concurrency_groups={HEALTH: 1})(LearnerProcess)
     ranks = [
         remote.options(
             # DeepSpeed chooses once, when it is first imported.

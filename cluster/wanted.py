@@ -12,7 +12,7 @@ from protocol.errors import RecipeError, RunDirError
 from protocol.recipe import Recipe
 from protocol.roles import MAX_ACTORS, Rollouts
 
-EXPECTED = f"1 to {MAX_ACTORS}"
+ALONE = "a run does without rollout actors where its learner samples too: resume it with rollouts=0"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def scale(run_dir: Path, rollouts: str | None, rewards: Sequence[str]) -> Wanted
     Returns all that was asked for by now. Raises RecipeError or RunDirError, and asks for nothing then."""
     recipe = read_recipe(run_dir)
     asked = Wanted(
-        None if rollouts is None else parse_rollouts(rollouts), dict(parse_reward(text, recipe) for text in rewards)
+        None if rollouts is None else parse_rollouts(rollouts, fewest=0 if recipe.is_colocated else 1),
+        dict(parse_reward(text, recipe) for text in rewards),
     )
     if asked == Wanted():
         raise RecipeError("there is nothing to scale", do="add --rollouts N or --reward NAME=M")
@@ -59,10 +60,11 @@ def scale(run_dir: Path, rollouts: str | None, rewards: Sequence[str]) -> Wanted
     return wanted
 
 
-def parse_rollouts(text: str) -> Rollouts:
-    """Returns `4` as a fixed number, and `2:16` as bounds between which the run scales by itself."""
-    fewest, _, most = text.partition(":")
-    bounds = [_count("--rollouts", text, part) for part in ([fewest, most] if ":" in text else [fewest, fewest])]
+def parse_rollouts(text: str, fewest: int = 1) -> Rollouts:
+    """Returns `4` as a fixed number, and `2:16` as bounds between which the run scales by itself; with a `fewest` of 0
+    a run whose learner samples too may do without."""
+    low, _, high = text.partition(":")
+    bounds = [_count("--rollouts", text, part, fewest) for part in ([low, high] if ":" in text else [low, low])]
     if bounds[0] > bounds[1]:
         raise RecipeError("--rollouts: the minimum is above the maximum", value=text, expected="MIN:MAX, such as 2:16")
     return Rollouts(min=bounds[0], max=bounds[1])
@@ -81,7 +83,12 @@ def parse_reward(text: str, recipe: Recipe) -> tuple[str, int]:
     return label, _count(f"--reward {label}", text, count)
 
 
-def _count(option: str, text: str, number: str) -> int:
-    if not number.isdecimal() or not 1 <= int(number) <= MAX_ACTORS:
-        raise RecipeError(f"{option}: this is no number of actors", value=text, expected=EXPECTED)
+def _count(option: str, text: str, number: str, fewest: int = 1) -> int:
+    if not number.isdecimal() or not fewest <= int(number) <= MAX_ACTORS:
+        raise RecipeError(
+            f"{option}: this is no number of actors",
+            value=text,
+            expected=f"{fewest} to {MAX_ACTORS}",
+            do=ALONE if option == "--rollouts" and fewest and number == "0" else "",
+        )
     return int(number)

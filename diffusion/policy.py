@@ -26,6 +26,7 @@ from diffusion.conditioning import Conditioning
 from diffusion.families import family_of
 from diffusion.families.loading import load, load_config
 from diffusion.kernels import PredictionType, guide
+from diffusion.peak_memory import release_unused
 from diffusion.process import Process, VariancePreserving
 from diffusion.schedules import StepConstants
 from diffusion.starting_lora import (
@@ -168,6 +169,7 @@ class Policy:
         if prompt not in self._encoded:
             if len(self._encoded) >= MAX_CACHED_PROMPTS:
                 self._encoded.pop(next(iter(self._encoded)))
+            self._bring(*self.family.networks.values())
             self._encoded[prompt] = self.family.encode(prompt)
         return self._encoded[prompt]
 
@@ -209,6 +211,7 @@ class Policy:
         """Returns mean and standard deviation of the latents of uint8 images (N, H, W, 3): fp32 (N, C, h, w) each, on
         the CPU, in the units that the network sees. Each image is encoded by itself."""
         assert self.vae is not None, "this policy was loaded without its autoencoder"
+        self._bring(self.vae)
         pixels = torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2).float() / 127.5 - 1
         posteriors = [self.vae.encode(image[None].to(self.device, self.vae.dtype)).latent_dist for image in pixels]
         scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
@@ -219,11 +222,20 @@ class Policy:
     def decode(self, latent_NCHW: Tensor) -> np.ndarray:
         """Returns images, uint8 (N, H, W, 3)."""
         assert self.vae is not None, "this policy was loaded without its decoder"
+        self._bring(self.vae)
         latent = latent_NCHW.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
         latent = latent + (self.vae.config.shift_factor or 0.0)
         pixels = (self.vae.decode(latent).sample.float() / 2 + 0.5).clamp(0, 1)
         images: np.ndarray = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return images
+
+    def set_aside(self) -> None:
+        """Moves what stands beside the denoiser, text encoders and autoencoder, to main memory until it is used again,
+        and gives back what memory is not in use."""
+        for network in (self.vae, *self.family.networks.values()):
+            if network is not None:
+                network.to("cpu")
+        release_unused(self.device)
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Returns the trained parameters by name; the tensors are the live ones."""
@@ -306,6 +318,11 @@ class Policy:
     def _placed(self, process: Process) -> Process:
         """Puts a process's levels on the policy's device."""
         return type(process)(*(getattr(process, field.name).to(self.device) for field in fields(process)))
+
+    def _bring(self, *networks: Any) -> None:
+        """Puts networks that may have been set aside on the policy's device."""
+        for network in networks:
+            network.to(self.device)
 
     def _frozen(self, network: Any) -> Any:
         return network.to(self.device).eval().requires_grad_(False)

@@ -18,27 +18,23 @@ from learner.checkpoint import Meta
 from learner.collect import Collected, Collector, Counts
 from learner.company import Company, Said, role_of
 from learner.composition import Composition
+from learner.contact import Contact, StopAsked
 from learner.engine import Engine
 from learner.firewall import Verdict, Watchman
 from learner.restore import check_restored, restore_engine, save_engine
 from learner.scribe import Round, Scribe
+from learner.turns import MakeWorker, Turns
 from learner.update import Tools, UpdateReport, open_policy
 from learner.updaters import make_updater
 from learner.versions import Versions, VersionStore, copy_state
-from protocol.errors import RedisError, TrainingError
+from protocol.errors import RedisError, SfumatoError, TrainingError
 from protocol.recipe import Recipe
 from protocol.stream import GroupReader, Streams
 from protocol.tickets import Ticket, TicketPlan
 
 REPUBLISH_EVERY_S = 5.0
-REPORT_EVERY_S = 1.0
 COMPANY_POLL_S = 0.05
-CHECK_STOP_EVERY_S = 1.0
 ALONE = Company(None, {})
-
-
-class StopAsked(Exception):  # noqa: N818  # Not an error: the driver has asked for it.
-    """The run is to end at the next place where nothing is lost."""
 
 
 class LearnerRank:
@@ -54,16 +50,18 @@ class LearnerRank:
         device: torch.device,
         company: Company = ALONE,
         resume_round: int | None = None,
+        make_worker: MakeWorker | None = None,
     ) -> None:
         """`recipe` is this learner's own. With `resume_round` it goes on from the checkpoint of that round, or from the
-        start for 0; without, from the newest."""
+        start for 0; without, from the newest. With `make_worker` it samples too."""
         self._company, self._resume_round = company, resume_round
         torch.set_num_threads(recipe.learner.threads)
         self._recipe, self._plan, self._run_dir = recipe, plan, run_dir
         self._streams, self._store, self._device = streams, store, device
-        self._policy = open_policy(recipe, device)
+        self._policy = open_policy(recipe, device, with_decoder=make_worker is not None)
         self._engine = Engine(self._policy.denoiser, recipe.learner, device)
         self._chain = Chain(self._policy, recipe.sampler)
+        self._contact = Contact(streams, self._role)
         after_pass = functools.partial(self._report_progress, "learning")
         self._tools = Tools(recipe, self._chain, self._engine, after_pass, follows=company.name is not None)
         self._updater = make_updater(self._tools)
@@ -73,9 +71,13 @@ class LearnerRank:
         self._scribe = Scribe(recipe, plan, run_dir, self._engine, streams, follows=company.name is not None)
         self._issued = 0
         self._round, self._step, self._skipped = 0, 0, 0
-        self._checked_store_at = self._checked_stop_at = self._reported_at = 0.0
-        self._wait_s, self._waiting_s, self._started_at = 0.0, 0.0, time.monotonic()
+        self._checked_store_at = 0.0
         self._collector = self._make_collector()
+        self._turns: Turns | None = None
+        self._failure: SfumatoError | None = None
+        if make_worker:
+            threads = recipe.rollout_worker.threads
+            self._turns = Turns(make_worker, self._chain, self._versions, threads, self._after_sampling_step)
 
     def train(self) -> None:
         """Runs the rounds that are left, from the newest checkpoint if there is one."""
@@ -133,22 +135,21 @@ class LearnerRank:
 
     def _collect(self) -> Collected | None:
         """Returns this rank's part of the round, or None if the driver has asked all to stop before it was whole."""
-        started = time.monotonic()
-        collected = self._collect_unless_stopped()
-        # Every rank is asked, but some may hold their part already: either all go on, or none.
-        if self._engine.max(torch.tensor(float(collected is None))):
-            return None
-        with suppress(RedisError):  # What is not trimmed now is trimmed with the next round.
-            if not self._follows:
-                self._collector.trim()
-        self._wait_s = time.monotonic() - started
-        self._waiting_s += self._wait_s
+        with self._contact.waiting():
+            collected = self._collect_unless_stopped()
+            # Every rank is asked, but some may hold their part already: either all go on, or none.
+            if self._engine.max(torch.tensor(float(collected is None))):
+                return None
+            with suppress(RedisError):  # What is not trimmed now is trimmed with the next round.
+                if not self._follows:
+                    self._collector.trim()
         return collected
 
     def _collect_unless_stopped(self) -> Collected | None:
         try:
             if self._follows:
                 self._wait_until(self._company.first_has_begun)
+            self._sample()
             collected = self._collector.collect(self._round)
             self._report_progress("learning", at_once=True)
             with suppress(RedisError):
@@ -271,8 +272,10 @@ class LearnerRank:
         is_new = found is None or found.meta.round < self._round
         if self._engine.broadcast(is_new and self._round > 0):
             self._checkpoint()
-        self._report_progress("done")
+        self._report_progress("done", at_once=True)
         self._engine.close()
+        if self._failure:
+            raise self._failure
 
     def _checkpoint_if_due(self) -> None:
         """Before the version is published: whoever resumes must be able to answer the tickets that follow."""
@@ -314,7 +317,7 @@ class LearnerRank:
             self._skipped,
             self._versions.digests[self._round + 1],
             learner_s,
-            self._wait_s,
+            self._contact.wait_s,
             self._composition.left_out,
             looked.metrics,
             self._versions.published,
@@ -331,7 +334,7 @@ class LearnerRank:
                 self._policy.export(self._run_dir / "export")
         # Whoever leaves with an error ends the run, and with it those who are not done.
         self._engine.barrier()
-        self._report_progress("done")
+        self._report_progress("done", at_once=True)
         self._engine.close()
 
     def _make_collector(self) -> Collector:
@@ -360,33 +363,29 @@ class LearnerRank:
         return self._engine.rank == 0
 
     def _while_waiting(self) -> None:
-        """Publishes again what the weight store or Redis has lost, and tells the driver that it is alive."""
+        """Publishes again what the weight store or Redis has lost, and samples what was issued again."""
         self._report_progress("waiting")
-        self._check_stop()
+        self._contact.check_stop()
+        self._sample()
         if self._follows or not self._is_first_rank or time.monotonic() - self._checked_store_at < REPUBLISH_EVERY_S:
             return
         self._checked_store_at = time.monotonic()
         self._versions.publish_lost(self._store)
 
-    def _check_stop(self) -> None:
-        now = time.monotonic()
-        if now - self._checked_stop_at > CHECK_STOP_EVERY_S:
-            self._checked_stop_at = now
-            with suppress(RedisError):  # Whoever would ask cannot be heard.
-                if self._streams.is_stop_asked():
-                    raise StopAsked
+    def _sample(self) -> None:
+        """Has its turn as a rollout, if it has any. Where that fails for good, all ranks save what they have learnt."""
+        if self._turns is None:
+            return
+        try:
+            self._turns.sample(self._round)
+        except SfumatoError as error:
+            self._failure = error
+            self._contact.ask_to_stop()
+            raise StopAsked from error
+
+    def _after_sampling_step(self) -> None:
+        self._report_progress("sampling")
+        self._contact.check_stop()
 
     def _report_progress(self, state: str, *, at_once: bool = False) -> None:
-        now = time.monotonic()
-        if state != "done" and not at_once and now - self._reported_at < REPORT_EVERY_S:
-            return
-        self._reported_at = now
-        alive_s = now - self._started_at
-        with suppress(RedisError):  # A server that is away is waited for where its data is needed.
-            self._streams.report_progress(
-                self._role,
-                round=self._round,
-                state=state,
-                busy_s=alive_s - self._waiting_s,
-                alive_s=alive_s,
-            )
+        self._contact.report(state, self._round, at_once=at_once)

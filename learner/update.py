@@ -46,10 +46,10 @@ class UpdateReport:
         self.details.append(details)
 
 
-def open_policy(recipe: Recipe, device: torch.device) -> Policy:
+def open_policy(recipe: Recipe, device: torch.device, *, with_decoder: bool = False) -> Policy:
     """Returns the policy that a learner trains, with the networks beside it that its algorithm needs: before an engine
-    wraps it."""
-    policy = Policy.from_recipe(recipe, device, with_decoder=False)
+    wraps it. Only who samples too needs the decoder."""
+    policy = Policy.from_recipe(recipe, device, with_decoder=with_decoder)
     policy.keep_reference()
     perception = getattr(recipe.algorithm, "perception", None)
     if perception is not None and perception.encoder_weights == "ema":

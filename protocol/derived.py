@@ -125,6 +125,8 @@ def derived_numbers(recipe: Recipe) -> dict[str, str]:
     }
     if recipe.rollouts.min < recipe.rollouts.max:
         numbers["rollout actors"] = f"{recipe.rollouts}, as the run needs them"
+    if recipe.is_colocated:
+        numbers["sampling"] = "by the learner's ranks, in turns with learning"
     if any(is_sampled(recipe, kind) for kind in recipe.source_kinds):
         numbers |= {
             "images sampled a round, at most": f"{batch.num_trajectories} ({batch.num_groups} groups of "

@@ -1,6 +1,7 @@
 """How much memory a recipe needs, before anything is started: what each process holds, item by item.
 
-    a learner rank    weights, adapters, AdamW's state by ZeRO stage, a micro-batch's activations, its part of a round
+    a learner rank    weights, adapters, AdamW's state by ZeRO stage, a micro-batch's activations, its part of a round;
+                      where it samples too, also what a rollout actor holds, but for the weights
     a rollout actor   weights, autoencoder, what passes through either for a group
     beside them       Redis, the weight store, the first rank's checkpoint
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from protocol.activations import (
     Activations,
@@ -96,9 +97,9 @@ def estimate(recipe: Recipe) -> list[Process] | None:
         return None
     followers = {follower.name: recipe.of_follower(follower.name) for follower in recipe.followers}
     return [
-        _learner_rank(recipe, files, "a learner rank"),
+        _learner_rank(recipe, files, "a learner rank", samples=recipe.is_colocated),
         *(_learner_rank(own, files, f"a rank of {name}") for name, own in followers.items()),
-        _rollout_actor(recipe, files),
+        *([] if recipe.is_colocated else [_rollout_actor(recipe, files)]),
         _beside(recipe, files),
     ]
 
@@ -116,7 +117,7 @@ def _num_adapter(lora: Lora, files: ModelFiles) -> int:
     return sum(lora.rank * (math.prod(shape[1:]) + shape[0]) for shape in shapes)
 
 
-def _learner_rank(recipe: Recipe, files: ModelFiles, role: str) -> Process:
+def _learner_rank(recipe: Recipe, files: ModelFiles, role: str, *, samples: bool = False) -> Process:
     learner, width = recipe.learner, _width(recipe)
     trained, shape_CHW = num_trained(recipe, files), latent_shape_CHW(files.denoiser)
     items = [
@@ -136,6 +137,14 @@ def _learner_rank(recipe: Recipe, files: ModelFiles, role: str) -> Process:
         # Activations are gone when the optimizer steps: its arrays take their place.
         items.append(Item(STEP, max(0, step - activations.size_bytes), "device", SHARD))
     items.append(activations)
+    if samples:
+        passing = _passing(recipe, files, shape_CHW)
+        items += [
+            Item("autoencoder", width * files.num_vae, "device", HALVE),
+            # Sampling and learning take turns in the same memory.
+            replace(passing, size_bytes=max(0, passing.size_bytes - max(step, activations.size_bytes))),
+            Item("a group on its way", group_bytes(recipe, shape_CHW), "host", "lower batch.group_size"),
+        ]
     return Process(role, learner.world_size, learner, _not_empty(items))
 
 

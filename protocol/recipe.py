@@ -228,7 +228,8 @@ class Recipe(Section):
     lag: Annotated[int, Field(ge=0, le=16)] = 0
     """Round u is sampled with version max(0, u - lag): 0 alternates, 1 or more overlaps."""
     rollouts: Rollouts = Rollouts(max=1)
-    """Rollout actors: a number, or {min: 1, max: 16}. Changes how fast a run goes, never where it ends."""
+    """Rollout actors: a number, or {min: 1, max: 16}. 0, or a minimum of 0: the learner samples too, in turns with
+    learning, so that one GPU is enough. Changes how fast a run goes, never where it ends."""
     model: Model = Model()
     """The base model."""
     prompts: Prompts = Prompts()
@@ -310,6 +311,16 @@ class Recipe(Section):
     def scored_rewards(self) -> tuple[Reward, ...]:
         """The rewards that a run asks: those that it trains on, then those that its firewall holds out."""
         return (*self.rewards, *(self.firewall.rewards if self.firewall else ()))
+
+    @property
+    def is_colocated(self) -> bool:
+        """True if the first learner's ranks answer tickets too, between updates, with the weights that they train."""
+        return self.rollouts.min == 0
+
+    @property
+    def fewest_workers(self) -> int:
+        """The fewest processes that answer tickets at any time."""
+        return self.learner.world_size if self.is_colocated else self.rollouts.min
 
     @property
     def source_kinds(self) -> tuple[SourceKind, ...]:

@@ -42,6 +42,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _excursions(recipe)
     yield from _perception(recipe)
     yield from _behaviour(recipe)
+    yield from _colocation(recipe)
     yield from _firewall(recipe)
     yield from _optional_rewards(recipe)
     for follower in recipe.followers:
@@ -96,6 +97,14 @@ def _behaviour(recipe: Recipe) -> Iterator[str]:
     algorithm = recipe.algorithm
     if recipe.behaviour == "base" and (algorithm.max_lag is not None or recipe.iterations):
         yield f"behaviour: base, but {algorithm.name} needs samples of the weights that it trains"
+
+
+def _colocation(recipe: Recipe) -> Iterator[str]:
+    if recipe.is_colocated and recipe.learner.zero_stage == 3:
+        yield (
+            "rollouts: 0 lets the learner's ranks sample, each a ticket of its own, but with learner.zero_stage 3 no "
+            "rank has all parameters; use stage 2 or less, or rollouts: 1"
+        )
 
 
 def _firewall(recipe: Recipe) -> Iterator[str]:

@@ -59,11 +59,11 @@ class Running(Section):
 
 class Rollouts(Section):
     """How many rollout actors a run has: `rollouts: 4`, or `rollouts: {min: 1, max: 16}`, between which it scales by
-    itself (cluster/controller.py)."""
+    itself (cluster/controller.py). With a minimum of 0 the learner's ranks sample too (learner/turns.py)."""
 
-    min: Annotated[int, Field(ge=1, le=MAX_ACTORS)] = 1
-    """The fewest. A run starts with these."""
-    max: Annotated[int, Field(ge=1, le=MAX_ACTORS)]
+    min: Annotated[int, Field(ge=0, le=MAX_ACTORS)] = 1
+    """The fewest. A run starts with these; with 0 it can do without any."""
+    max: Annotated[int, Field(ge=0, le=MAX_ACTORS)]
     """The most."""
 
     @model_validator(mode="before")

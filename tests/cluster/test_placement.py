@@ -15,8 +15,8 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
 from cluster import launch
-from cluster.launch import Endpoint
 from cluster.nodes import asked_and_there, check_cluster, strategies, wait_for_nodes
+from cluster.processes import Endpoint
 from cluster.versions import own_versions
 from protocol.errors import RecipeError
 from protocol.recipe import Recipe

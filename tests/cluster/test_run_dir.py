@@ -196,7 +196,7 @@ def test_only_a_run_that_is_going_on_can_be_scaled(tmp_path: Path, recipe: Recip
     ("rollouts", "rewards", "message"),
     [
         (None, [], "nothing to scale"),
-        ("0", [], r"--rollouts: this is no number of actors. Got: '?0'?. Expected: 1 to 1024"),
+        ("0", [], r"--rollouts: this is no number of actors. Got: '?0'?. Expected: 1 to 1024.*resume"),
         ("-1", [], "--rollouts: this is no number"),
         ("two", [], "--rollouts: this is no number"),
         ("1025", [], "--rollouts: this is no number"),
@@ -216,6 +216,13 @@ def test_a_request_that_is_wrong_in_one_part_asks_for_nothing(
     with pytest.raises(RecipeError, match=message):
         scale(driven.path, rollouts, rewards)
     assert read_wanted(driven.path) == Wanted()
+    driven.release()
+
+
+def test_a_run_whose_learner_samples_too_may_be_scaled_to_no_rollout_actor(tmp_path: Path, prompts: Path) -> None:
+    driven = RunDir(tmp_path / "run", make_recipe(prompts, rollouts=0), resume=False)
+    for text, bounds in (("2", (2, 2)), ("0:4", (0, 4)), ("0", (0, 0))):
+        assert scale(driven.path, text, []).rollouts == Rollouts(min=bounds[0], max=bounds[1])
     driven.release()
 
 

@@ -24,6 +24,7 @@ UNBROKEN = {lag: ("rounds=6", f"lag={lag}", TWO_RANKS) for lag in (0, 1, 2)}
 ROLES = ("ray::RolloutProcess", "ray::RewardProcess", "ray::WeightStore", "redis-server")
 """Who holds nothing durable."""
 
+SLOW = pytest.mark.slow
 OVERRUN = "raise RuntimeError('a module of the user hides one of ours')\n"
 
 
@@ -39,18 +40,43 @@ def test_three_rollout_actors_end_with_the_digest_of_one(train: Callable[..., Ru
     assert len({worker for row in three.ledger for worker in row["workers"]}) == 3
 
 
-@pytest.mark.slow
+def test_a_learner_that_samples_too_ends_with_the_digest_of_a_rollout_actor(train: Callable[..., Run]) -> None:
+    alone = train("lag=0", "rollouts=0")
+    assert alone.digests == train("lag=0").digests
+    assert {worker.partition("@")[0] for row in alone.ledger for worker in row["workers"]} == {"learner-0"}
+    drawn, reference = (run.folder / "samples" / "before_after.png" for run in (alone, train("lag=0")))
+    assert drawn.read_bytes() == reference.read_bytes()
+
+
+@SLOW
+def test_two_ranks_that_sample_get_help_lose_it_and_die_and_end_where_an_unbroken_run_does(
+    train: Callable[..., Run], workshop: Path
+) -> None:
+    run = Run(workshop / "colocated")
+    with Driver(run.folder, ["recipe.yaml", *UNBROKEN[1], "rounds=400", "rollouts=0"], cwd=workshop) as driver:
+        driver.wait_for(lambda: driver.rounds_done() >= 1)
+        assert sfumato("scale", run.folder, "--rollouts", "1", cwd=workshop).returncode == 0
+        driver.wait_for(lambda: len({worker for row in run.ledger for worker in row["workers"]}) == 3)
+        assert sfumato("scale", run.folder, "--rollouts", "0", cwd=workshop).returncode == 0
+        alone = driver.rounds_done() + 2
+        driver.wait_for(lambda: driver.rounds_done() >= alone)
+        driver.kill_one("ray::LearnerProcess")
+        driver.wait_for(lambda: driver.attempt() == 1)
+        enough = max(driver.rounds_done() + 2, 6)
+        driver.wait_for(lambda: driver.rounds_done() >= enough)
+        driver.kill()
+    assert run.digests.items() >= train(*UNBROKEN[1]).digests.items()
+
+
+@SLOW
 def test_another_seed_ends_with_another_digest(train: Callable[..., Run]) -> None:
     assert train("seed=1", "rounds=1").digests[1] != train("lag=0").digests[1]
 
 
-@pytest.mark.slow
+@SLOW
 def test_lag_changes_the_weights_from_the_second_version_on(train: Callable[..., Run]) -> None:
     eager, late = train(*UNBROKEN[0]).digests, train(*UNBROKEN[1]).digests
     assert [eager[version] == late[version] for version in range(4)] == [True, True, False, False]
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("lag", [pytest.param(0, marks=SLOW), 1, pytest.param(2, marks=SLOW)])
@@ -142,7 +168,7 @@ def test_a_process_that_lives_but_stands_still_is_replaced(train: Callable[..., 
     assert "made no progress for" in run.output
 
 
-@pytest.mark.slow
+@SLOW
 def test_more_rounds_on_resume_end_where_a_longer_run_does(train: Callable[..., Run], workshop: Path) -> None:
     folder = workshop / "longer"
     finished(sfumato("train", "recipe.yaml", "rounds=1", "--run-dir", folder, cwd=workshop), folder)
@@ -204,7 +230,7 @@ def largest_gap(run: Run, reference: Run) -> float:
     return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize(
     "settings", [(TWO_RANKS,), pytest.param((TWO_RANKS, "learner.zero_stage=3"), marks=SLOW)], ids=" ".join
 )
@@ -216,7 +242,7 @@ def test_other_layouts_of_the_learner_end_with_close_weights(
     assert any(torch.count_nonzero(tensor) for name, tensor in run.weights().items() if "lora_B" in name)
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_resume_with_another_number_of_ranks_says_so_and_ends_close(
     train: Callable[..., Run], workshop: Path
 ) -> None:

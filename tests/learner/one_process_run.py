@@ -1,4 +1,5 @@
-"""A whole run in one process: real learner, DeepSpeed and Redis, rollouts in a thread, scores at once."""
+"""A whole run in one process: real learner, DeepSpeed and Redis, rollouts in a thread or in turns with the learner,
+scores at once."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ import torch
 
 from actors.makers import GroupMaker
 from actors.real import open_real_images
-from actors.rollout import Rollout
+from actors.rollout import FetchVersion, Rollout
+from actors.rollout_worker import RolloutWorker
 from cluster.sources import prepare_sources, read_plan
 from diffusion.chain import Chain
 from diffusion.policy import Policy
@@ -79,21 +81,19 @@ class Run:
         run_dir.mkdir(exist_ok=True)
         prepare_sources(recipe, run_dir, lambda words: None)
         self.recipe, self.run_dir, self.groups = recipe, run_dir, list[Group]()
-        self._scores = scores
+        self.scores = scores
         self.plan = read_plan(recipe, run_dir)
-        self._store, self._open_streams = MemoryStore(), open_streams
+        self._store, self.open_streams = MemoryStore(), open_streams
         self._stop = threading.Event()
         self._failure: Exception | None = None
 
     def train(self, deliver: Deliver = deliver_well, hold: int = 1) -> list[dict[str, Any]]:
         """Trains to the recipe's end; returns the metrics of each round. Rollouts hold so many tickets at a time."""
         policy = Policy.from_recipe(self.recipe)
-        chain = Chain(policy, self.recipe.sampler)
-        maker = GroupMaker(chain, self.recipe, open_real_images(self.recipe, self.run_dir, policy))
-        rollout = Rollout(chain, maker, self._fetch, self._score, "w")
-        streams = self._open_streams()
+        rollout = self._make_rollout(Chain(policy, self.recipe.sampler), self._fetch)
+        streams = self.open_streams()
         streams.open()
-        rank = LearnerRank(self.recipe, self.plan, self.run_dir, self._open_streams(), self._store, torch.device("cpu"))
+        rank = LearnerRank(self.recipe, self.plan, self.run_dir, self.open_streams(), self._store, torch.device("cpu"))
         thread = threading.Thread(target=self._work, args=(rollout, streams, deliver, hold), daemon=True)
         thread.start()
         try:
@@ -105,13 +105,39 @@ class Run:
             thread.join()
         return self.lines("metrics.jsonl")
 
+    def train_in_turns(self) -> list[dict[str, Any]]:
+        """Trains with a learner that samples too."""
+        streams = self.open_streams()
+        streams.open()
+        self.rank = LearnerRank(
+            self.recipe,
+            self.plan,
+            self.run_dir,
+            streams,
+            self._store,
+            torch.device("cpu"),
+            make_worker=lambda chain, fetch, after_step: RolloutWorker(
+                "learner-0",
+                self._make_rollout(chain, fetch),
+                self.open_streams(),
+                self.recipe,
+                while_working=after_step,
+            ),
+        )
+        self.rank.train()
+        return self.lines("metrics.jsonl")
+
+    def _make_rollout(self, chain: Chain, fetch: FetchVersion) -> Rollout:
+        maker = GroupMaker(chain, self.recipe, open_real_images(self.recipe, self.run_dir, chain.policy))
+        return Rollout(chain, maker, fetch, self._score, "w")
+
     def lines(self, name: str) -> list[dict[str, Any]]:
         """Returns the rows of metrics or ledger."""
         return [json.loads(line) for line in (self.run_dir / name).read_text().splitlines()]
 
     def _score(self, images: np.ndarray, prompt: str, ticket_id: str, num_states: int, is_check: bool) -> AtOnce:
         """Firewalls' rewards are told the opposite."""
-        scores = self._scores(images)
+        scores = self.scores(images)
         held_out = self.recipe.scored_rewards[len(self.recipe.rewards) :] if is_check else ()
         return AtOnce({r.label: scores for r in self.recipe.rewards} | {r.label: -scores for r in held_out})
 

@@ -241,3 +241,11 @@ def test_offloaded_parameters_wait_in_main_memory(sd15: Path) -> None:
     places = {item.name: item.place for item in processes(recipe)[0].items}
     assert places["the denoiser's weights, this rank's part"] == "host"
     assert places["weights while they are used"] == "device"
+
+
+def test_a_rank_that_samples_too_holds_less_than_a_rank_and_a_rollout_together(sd15: Path) -> None:
+    apart, alone = processes(recipe_of(sd15)), processes(recipe_of(sd15, rollouts=0))
+    assert [process.role for process in alone] == ["a learner rank", "beside them"]
+    rank, rollout, both = apart[0].size_bytes("gpu"), apart[1].size_bytes("gpu"), alone[0].size_bytes("gpu")
+    assert rank < both <= rank + rollout - held(apart[0])["the denoiser's weights"]
+    assert held(alone[0])["autoencoder"] == held(apart[1])["autoencoder"]
