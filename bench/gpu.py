@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.models import make_sd15, make_sdxl
 from bench.rounds import be_a_gang_of_one, measure
 from cluster.device import own_device
-from cluster.doctor_model import Patient, draw_groups
+from cluster.doctor.model import Patient, draw_groups
 from diffusion.chain import Chain
 from diffusion.policy import Policy
 from learner.batching import stack_groups

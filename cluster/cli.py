@@ -379,7 +379,7 @@ def _doctor(options: argparse.Namespace) -> int:
     folder = options.json and options.json.absolute().parent
     if folder and not folder.is_dir():
         raise RecipeError(f"the folder {folder} of --json does not exist", do="make it, or correct --json")
-    from cluster.doctor import diagnose, print_finding, write_json
+    from cluster.doctor.diagnosis import diagnose, print_finding, write_json
 
     diagnosis = diagnose(options.subject, options.overrides, options.device, print_finding)
     if options.json:

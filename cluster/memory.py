@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.doctor_machine import driver_gpus, free_memory_bytes, total_memory_bytes
+from cluster.doctor.machine import driver_gpus, free_memory_bytes, total_memory_bytes
 from protocol.activations import MARGIN
 from protocol.errors import RecipeError
 from protocol.memory import GIB, Item, Process, describe, estimate

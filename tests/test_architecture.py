@@ -42,7 +42,7 @@ HOMES = {
     "deepspeed": ("learner/engine.py",),
     "bitsandbytes": ("learner/engine.py",),
     "diffusers": (
-        *("diffusion/policy.py", "diffusion/starting_lora.py", "diffusion/families/", "cluster/doctor_reference.py"),
+        *("diffusion/policy.py", "diffusion/starting_lora.py", "diffusion/families/", "cluster/doctor/reference.py"),
     ),
     "peft": ("diffusion/policy.py", "diffusion/starting_lora.py"),
     "transformers": ("diffusion/policy.py", "diffusion/families/", "rewards/pretrained.py"),

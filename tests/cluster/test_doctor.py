@@ -14,10 +14,14 @@ import pytest
 import torch
 import yaml
 
-from cluster import doctor, doctor_diffusers, doctor_machine, doctor_model, doctor_packages
 from cluster.cli import run_command_line
-from cluster.doctor_reference import PlainPipeline
-from cluster.finding import Finding, guarded
+from cluster.doctor import against_diffusers as doctor_diffusers
+from cluster.doctor import diagnosis as doctor
+from cluster.doctor import machine as doctor_machine
+from cluster.doctor import model as doctor_model
+from cluster.doctor import packages as doctor_packages
+from cluster.doctor.finding import Finding, guarded
+from cluster.doctor.reference import PlainPipeline
 from cluster.redis_server import RedisServer
 from diffusion.chain import Chain
 from diffusion.policy import Policy

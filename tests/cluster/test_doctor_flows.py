@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from cluster import doctor
-from cluster.doctor_diffusers import check_guidance_one, check_predictions, check_tables
-from cluster.doctor_reference import PlainPipeline
-from cluster.finding import Finding
+from cluster.doctor import diagnosis as doctor
+from cluster.doctor.against_diffusers import check_guidance_one, check_predictions, check_tables
+from cluster.doctor.finding import Finding
+from cluster.doctor.reference import PlainPipeline
 from diffusion.chain import Chain
 from diffusion.families import flux, stable_diffusion_3
 from diffusion.policy import Policy

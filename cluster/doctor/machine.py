@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.doctor_packages import TorchFacts, check_imports, check_packages, torch_facts
-from cluster.finding import Finding, Verdict, guarded
+from cluster.doctor.finding import Finding, Verdict, guarded
+from cluster.doctor.packages import TorchFacts, check_imports, check_packages, torch_facts
 from protocol.errors import RedisError
 from protocol.memory import PROCESS_BYTES, estimate
 from protocol.paths import ROOT, model_source

@@ -1,6 +1,6 @@
 """What `sfumato doctor` says of a model: does the sampler agree with diffusers, and the learner with the sampler?
 
-    against diffusers    see `doctor_diffusers`
+    against diffusers    see `against_diffusers`
     sampler and learner  log-probabilities stored and computed again, as a round's parity check does
     what moves them      another dtype, another batch, adapters fused into the weights
 
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.doctor_diffusers import USUAL_PROMPTS, check_against_diffusers, check_guidance_one
-from cluster.finding import Finding, Verdict, guarded
+from cluster.doctor.against_diffusers import USUAL_PROMPTS, check_against_diffusers, check_guidance_one
+from cluster.doctor.finding import Finding, Verdict, guarded
 from diffusion.chain import Chain
 from diffusion.noise import normal
 from diffusion.policy import Policy

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cluster.finding import Finding, Verdict
+from cluster.doctor.finding import Finding, Verdict
 from diffusion.chain import Chain
 from diffusion.kernels import Transition, transition
 from diffusion.noise import normal
@@ -20,7 +20,7 @@ from protocol.starting_lora import StartingLora, fetch
 
 if TYPE_CHECKING:
     # At run time diffusers must not be imported before our own package has silenced transformers.
-    from cluster.doctor_reference import PlainPipeline
+    from cluster.doctor.reference import PlainPipeline
 
 USUAL_PROMPTS = ("a red seven on a blue ground", "a photograph of a lighthouse at dusk")
 USUAL_GUIDANCE = 5.0
@@ -76,7 +76,7 @@ FLOW = Kind(
 
 def check_against_diffusers(chain: Chain, source: str, lora: StartingLora | None) -> Iterator[Finding]:
     """Loads the model a second time, as a plain pipeline, with the LoRA beside its weights."""
-    from cluster.doctor_reference import PlainPipeline
+    from cluster.doctor.reference import PlainPipeline
 
     pipeline = PlainPipeline(source, chain.policy.dtype, str(chain.policy.device))
     if lora is not None:

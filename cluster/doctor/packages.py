@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.finding import Finding
+from cluster.doctor.finding import Finding
 
 NEEDED = {
     "torch": "nn",

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.doctor_machine import machine_findings
-from cluster.finding import Finding, guarded
+from cluster.doctor.finding import Finding, guarded
+from cluster.doctor.machine import machine_findings
 from protocol import __version__
 from protocol.derived import check_before_start
 from protocol.errors import ModelError, RecipeError, SfumatoError
@@ -163,6 +163,6 @@ def _devices_of(recipe: Recipe) -> tuple[str, str]:
 
 
 def _model_findings(recipe: Recipe, device: str, learner_device: str) -> Iterator[Finding]:
-    from cluster.doctor_model import model_findings
+    from cluster.doctor.model import model_findings
 
     return model_findings(recipe, device, learner_device)
