@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,12 @@ def test_a_module_that_is_already_there_in_place_of_ours_is_an_error_that_names_
 def test_every_package_of_the_architecture_is_claimed() -> None:
     packages = {folder.parent.name for folder in ROOT.glob("*/__init__.py")}
     assert set(PACKAGES) == packages - {"assets", "bench", "recipes"}
+
+
+def test_the_wheel_has_every_package() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = (file.parent.relative_to(ROOT) for name in (*PACKAGES, "assets") for file in (ROOT / name).rglob("*.py"))
+    assert set(listed) == {".".join(folder.parts) for folder in folders} | {"recipes"}
 
 
 def test_claiming_twice_leaves_one_entry(tmp_path: Path) -> None:
