@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tests.end_to_end.runs import Driver, Run, finished, rows, sfumato
 
 pytestmark = pytest.mark.slow
 
-RUN = ("recipe.yaml", "lag=1", "learner.world_size=2")
+RUN = ("recipe.yaml", "lag=1")
 ENDLESS = "rounds=1000"
 ON_NODES = (
     "learner.resources={learner: 1}",
@@ -56,6 +56,13 @@ def workers(driver: Driver) -> set[str]:
     return {worker.partition("@")[0] for worker in ledger[-1]["workers"]} if ledger else set()
 
 
+def scale(driver: Driver, cluster: Autoscaled, num: int) -> None:
+    """Asks for so many rollout actors, and waits until there are as many nodes for them."""
+    asked = sfumato("scale", driver.folder, "--rollouts", str(num), cwd=driver.folder.parent)
+    assert asked.returncode == 0, asked.stderr
+    cluster.wait_for(lambda: len(cluster.nodes("rollout")) == num)
+
+
 def stopped(driver: Driver) -> Run:
     """Ends a run that has no end of its own."""
     driver.ask_to_end(signal.SIGINT)
@@ -77,10 +84,10 @@ def test_a_run_has_the_nodes_that_its_size_needs_and_the_weights_of_one_machine(
         driver.wait_for(lambda: "waiting for nodes: " in driver.output())
         driver.wait_for(lambda: driver.rounds_done() >= 1)
         assert Counter(cluster.nodes().values()) == {"learner": 1, "rollout": 1, "reward": 1}
-        for num, names in ((2, {"rollout-0", "rollout-1"}), (1, {"rollout-0"})):
-            assert sfumato("scale", folder, "--rollouts", str(num), cwd=workshop).returncode == 0
-            cluster.wait_for(lambda: len(cluster.nodes("rollout")) == num)
-            driver.wait_for(lambda: workers(driver) == names)
+        scale(driver, cluster, 2)
+        driver.wait_for(lambda: workers(driver) == {"0", "1"})
+        scale(driver, cluster, 1)
+        driver.wait_for(lambda: workers(driver) == {"0"})
         run = stopped(driver)
     assert run.digests == on_one_machine(run, workshop).digests
 
@@ -88,9 +95,7 @@ def test_a_run_has_the_nodes_that_its_size_needs_and_the_weights_of_one_machine(
 def test_a_spot_node_that_is_taken_away_is_replaced_and_the_weights_are_those_of_one_machine(
     workshop: Path, cluster: Autoscaled, settings: dict[str, Any]
 ) -> None:
-    with Driver(
-        workshop / "spot", [*RUN, *ON_NODES, ENDLESS, "rollouts=2"], cwd=workshop, **settings
-    ) as driver:
+    with Driver(workshop / "spot", [*RUN, *ON_NODES, ENDLESS, "rollouts=2"], cwd=workshop, **settings) as driver:
         driver.wait_for(lambda: len(workers(driver)) == 2)
         kept, lost = cluster.nodes("rollout")
         cluster.take_away(lost)
