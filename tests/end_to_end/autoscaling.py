@@ -26,7 +26,8 @@ HEAD_ID, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
 
 MARK = "SFUMATO_TEST_CLUSTER"
 TIMEOUT_S = 120.0
-IDLE_TIMEOUT_S = 6.0
+IDLE_TIMEOUT_S = 20.0
+"""More than a busy machine takes from having its nodes to starting actors on them."""
 AMOUNTS = {"CPU": 2, "learner": 2, "rollout": 1, "reward": 1}
 """What a node has, of what the cluster file names."""
 
