@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from protocol.recipe import Recipe
 CUDA_BYTES = 600 * 2**20
 """What CUDA and its libraries take of a GPU in each process, beside torch's tensors."""
 
+POLL_S = 0.5
 PEAKS = {"a learner rank": "memory/learner_peak_bytes", "a rollout actor": "memory/rollout_peak_bytes"}
 
 
@@ -118,15 +120,21 @@ def check_here(recipe: Recipe, warn: Callable[[str], None]) -> None:
 def check_nodes(recipe: Recipe, warn: Callable[[str], None]) -> None:
     """Asks every node of the cluster that this process has joined for its memory, and checks the run on them."""
     import ray
+    from ray.exceptions import TaskUnschedulableError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ask = ray.remote(this_machine).options(num_cpus=0)
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    asked = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
-    ]
-    machines: list[Machine] = ray.get(asked, timeout=recipe.supervision.start_timeout_s)
-    check_memory(recipe, machines, warn)
+    ask, machines = ray.remote(num_cpus=0)(this_machine), dict[str, Machine]()
+    while nodes := [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in machines]:
+        asked = {
+            node: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+            for node in nodes
+        }
+        for node, answer in asked.items():
+            try:
+                machines[node] = ray.get(answer, timeout=recipe.supervision.start_timeout_s)
+            except TaskUnschedulableError:  # It has just come, or gone: schedulers hear of it a moment later.
+                time.sleep(POLL_S)
+    check_memory(recipe, list(machines.values()), warn)
 
 
 def peak_numbers(recipe: Recipe, run_dir: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import ray
-from ray.autoscaler.sdk import request_resources
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from cluster.packing import Room, Unit, fits
 from protocol.errors import RecipeError
@@ -72,13 +72,15 @@ def wait_for_nodes(recipe: Recipe, tell: Callable[[str], None]) -> None:
     deadline = time.monotonic() + recipe.supervision.node_timeout_s
     if recipe.supervision.node_timeout_s and not _has_place(recipe):
         bundles = [demand(placement) for _, placement, num in roles(recipe) for _ in range(num) if demand(placement)]
-        request_resources(bundles=bundles)
+        # A place for all at once, which is what the autoscaler counts as asked for and ends with us however we end.
+        group = placement_group(bundles, strategy="PACK")
         try:
             while not _has_place(recipe) and time.monotonic() < deadline:
                 tell(f"waiting for nodes: {_shortage(recipe)}")
                 time.sleep(POLL_S)
+            group.wait(POLL_S)  # Held for a moment: nodes that came early and idled are not let go now.
         finally:
-            request_resources(bundles=[])  # From here on the actors themselves are the demand.
+            remove_placement_group(group)  # From here on the actors themselves are the demand.
     check_cluster(recipe)
 
 

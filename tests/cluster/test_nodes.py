@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group_table
 
+from cluster.memory import check_nodes
 from cluster.nodes import check_cluster, demand, missing_resources, wait_for_nodes
 from protocol.errors import RecipeError
 from protocol.recipe import Recipe
@@ -47,6 +49,12 @@ def cluster() -> Iterator[Any]:
     cluster.shutdown()
 
 
+def asked_for() -> list[str]:
+    """Returns the states of what was asked for and not withdrawn, which an autoscaler would start nodes for."""
+    states = [str(group["state"]) for group in placement_group_table().values()]
+    return [state for state in states if state != "REMOVED"]
+
+
 def test_one_process_reserves_what_its_placement_names_and_nothing_of_which_it_wants_none() -> None:
     placement = Placement(num_cpus=0, num_gpus=1, resources={"rollout": 1, "spot": 0})
     assert demand(placement) == {"GPU": 1, "rollout": 1}
@@ -64,6 +72,7 @@ def test_nodes_that_do_not_come_in_time_are_named(cluster: Any) -> None:
     with pytest.raises(RecipeError, match=r"(?s)rollout 0 of 2.*supervision.node_timeout_s"):
         wait_for_nodes(make_recipe(node_timeout_s=1), said.append)
     assert said == ["waiting for nodes: rollout 0 of 2"]
+    assert asked_for() == []
 
 
 def test_a_run_waits_for_the_nodes_that_it_asks_for(cluster: Any) -> None:
@@ -72,8 +81,11 @@ def test_a_run_waits_for_the_nodes_that_it_asks_for(cluster: Any) -> None:
         waiting = driver.submit(wait_for_nodes, make_recipe(node_timeout_s=60), said.append)
         while not said:
             time.sleep(0.01)
+        assert asked_for() == ["PENDING"]
         cluster.add_node(num_cpus=1, resources={"rollout": 2})
         waiting.result()
+    assert asked_for() == []
+    check_nodes(make_recipe(node_timeout_s=0), said.append)
     assert said[0] == "waiting for nodes: rollout 0 of 2"
     assert missing_resources(make_recipe(node_timeout_s=0)) == {}
     with pytest.raises(RecipeError, match="the embedded Redis listens on this machine only"):
