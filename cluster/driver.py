@@ -19,6 +19,7 @@ import time
 from contextlib import ExitStack
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -26,7 +27,7 @@ from cluster import launch
 from cluster.attempt import Attempt, LearnerLostError, Show, Status
 from cluster.environments import prepare
 from cluster.memory import check_nodes
-from cluster.nodes import wait_for_nodes
+from cluster.nodes import nodes_held
 from cluster.redis_server import ForeignRedis, RedisKeeper, RedisServer
 from cluster.run_dir import RunDir
 from cluster.signals import interrupt_on_sigterm
@@ -55,13 +56,12 @@ class Driver:
             launch.connect_ray(self._recipe, debug=self._debug)
             interrupt_on_sigterm()
             stack.callback(ray.shutdown)
-            wait_for_nodes(self._recipe, self._tell)
-            if os.environ.get("RAY_ADDRESS"):
-                check_nodes(self._recipe, self._tell)
+            with nodes_held(self._recipe, self._tell):
+                if os.environ.get("RAY_ADDRESS"):
+                    check_nodes(self._recipe, self._tell)
+                environments = self._environments()
             while True:
                 try:
-                    # Each time, for nodes that have joined meanwhile.
-                    environments = prepare(self._recipe.scored_rewards, self._tell, debug=self._debug)
                     attempt = Attempt(
                         self._recipe, self._run_dir, self._plan, url, environments, self._status, self._show
                     )
@@ -69,6 +69,10 @@ class Driver:
                     return
                 except LearnerLostError as error:
                     self._count_restart(error)
+                    environments = self._environments()  # For nodes that have joined meanwhile.
+
+    def _environments(self) -> dict[str, dict[str, Any]]:
+        return prepare(self._recipe.scored_rewards, self._tell, debug=self._debug)
 
     def _count_restart(self, error: LearnerLostError) -> None:
         """Goes on with a new attempt, or ends a run that is lost again and again at the same checkpoint."""

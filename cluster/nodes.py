@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import ray
@@ -66,22 +67,26 @@ def strategies(recipe: Recipe) -> list[Strategy]:
     return ["STRICT_PACK" if gang in together else "PACK" for gang in range(len(recipe.learners))]
 
 
-def wait_for_nodes(recipe: Recipe, tell: Callable[[str], None]) -> None:
-    """Asks the cluster's autoscaler for what the roles need, and returns once all of it is there. Raises RecipeError
-    where it is not, and `supervision.node_timeout_s` has passed."""
+@contextmanager
+def nodes_held(recipe: Recipe, tell: Callable[[str], None]) -> Iterator[None]:
+    """Waits until the cluster's autoscaler has started what the roles need, and keeps it from letting nodes go until
+    the block is left. Raises RecipeError where `supervision.node_timeout_s` has passed before all of it is there."""
     deadline = time.monotonic() + recipe.supervision.node_timeout_s
-    if recipe.supervision.node_timeout_s and not _has_place(recipe):
-        bundles = [demand(placement) for _, placement, num in roles(recipe) for _ in range(num) if demand(placement)]
-        # A place for all at once, which is what the autoscaler counts as asked for and ends with us however we end.
-        group = placement_group(bundles, strategy="PACK")
-        try:
-            while not _has_place(recipe) and time.monotonic() < deadline:
-                tell(f"waiting for nodes: {_shortage(recipe)}")
-                time.sleep(POLL_S)
-            group.wait(POLL_S)  # Held for a moment: nodes that came early and idled are not let go now.
-        finally:
+    # A place for all at once is what the autoscaler counts as asked for, and it ends with us however we end.
+    group = placement_group(_bundles(recipe), strategy="PACK") if recipe.supervision.node_timeout_s else None
+    try:
+        while not _has_place(recipe) and time.monotonic() < deadline:
+            tell(f"waiting for nodes: {_shortage(recipe)}")
+            time.sleep(POLL_S)
+        check_cluster(recipe)
+        yield
+    finally:
+        if group:
             remove_placement_group(group)  # From here on the actors themselves are the demand.
-    check_cluster(recipe)
+
+
+def _bundles(recipe: Recipe) -> list[dict[str, float]]:
+    return [demand(placement) for _, placement, num in roles(recipe) for _ in range(num) if demand(placement)]
 
 
 def check_cluster(recipe: Recipe) -> None:

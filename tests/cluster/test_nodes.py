@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
 from cluster.memory import check_nodes
-from cluster.nodes import check_cluster, demand, missing_resources, wait_for_nodes
+from cluster.nodes import check_cluster, demand, missing_resources, nodes_held
 from protocol.errors import RecipeError
 from protocol.recipe import Recipe
 from protocol.recipe_file import parse_recipe
@@ -55,6 +55,14 @@ def asked_for() -> list[str]:
     return [state for state in states if state != "REMOVED"]
 
 
+def enter(recipe: Recipe, said: list[str]) -> list[str]:
+    """Waits for the nodes; returns what is asked for while they are held."""
+    with nodes_held(recipe, said.append):
+        while "PENDING" in asked_for():
+            time.sleep(0.01)
+        return asked_for()
+
+
 def test_one_process_reserves_what_its_placement_names_and_nothing_of_which_it_wants_none() -> None:
     placement = Placement(num_cpus=0, num_gpus=1, resources={"rollout": 1, "spot": 0})
     assert demand(placement) == {"GPU": 1, "rollout": 1}
@@ -63,14 +71,14 @@ def test_one_process_reserves_what_its_placement_names_and_nothing_of_which_it_w
 def test_a_cluster_without_the_nodes_is_refused_at_once_where_nobody_is_to_wait(cluster: Any) -> None:
     said: list[str] = []
     with pytest.raises(RecipeError, match="cannot hold this recipe: rollout 0 of 2"):
-        wait_for_nodes(make_recipe(node_timeout_s=0), said.append)
+        enter(make_recipe(node_timeout_s=0), said)
     assert said == []
 
 
 def test_nodes_that_do_not_come_in_time_are_named(cluster: Any) -> None:
     said: list[str] = []
     with pytest.raises(RecipeError, match=r"(?s)rollout 0 of 2.*supervision.node_timeout_s"):
-        wait_for_nodes(make_recipe(node_timeout_s=1), said.append)
+        enter(make_recipe(node_timeout_s=1), said)
     assert said == ["waiting for nodes: rollout 0 of 2"]
     assert asked_for() == []
 
@@ -78,12 +86,12 @@ def test_nodes_that_do_not_come_in_time_are_named(cluster: Any) -> None:
 def test_a_run_waits_for_the_nodes_that_it_asks_for(cluster: Any) -> None:
     said: list[str] = []
     with ThreadPoolExecutor(1) as driver:
-        waiting = driver.submit(wait_for_nodes, make_recipe(node_timeout_s=60), said.append)
+        waiting = driver.submit(enter, make_recipe(node_timeout_s=60), said)
         while not said:
             time.sleep(0.01)
         assert asked_for() == ["PENDING"]
         cluster.add_node(num_cpus=1, resources={"rollout": 2})
-        waiting.result()
+        assert waiting.result() == ["CREATED"]
     assert asked_for() == []
     check_nodes(make_recipe(node_timeout_s=0), said.append)
     assert said[0] == "waiting for nodes: rollout 0 of 2"

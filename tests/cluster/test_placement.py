@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
 from cluster import launch
-from cluster.nodes import asked_and_there, check_cluster, strategies, wait_for_nodes
+from cluster.nodes import asked_and_there, check_cluster, nodes_held, strategies
 from cluster.processes import Endpoint
 from cluster.versions import own_versions
 from protocol.errors import RecipeError
@@ -116,8 +116,9 @@ def test_two_rollouts_share_a_gpu(tmp_path: Path) -> None:
 def test_a_recipe_that_no_placement_can_satisfy_is_refused_at_once_with_what_is_asked_and_what_is_there() -> None:
     recipe = make_recipe(learner={"world_size": 2}, rollout_worker={"num_cpus": 3, "num_gpus": 1}, rollouts=3)
     begun = time.monotonic()
-    with pytest.raises(RecipeError, match="no node has what the processes on it would take together") as refused:
-        wait_for_nodes(recipe, lambda said: None)
+    told = "no node has what the processes on it would take together"
+    with pytest.raises(RecipeError, match=told) as refused, nodes_held(recipe, lambda said: None):
+        pass
     assert time.monotonic() - begun < 5
     assert asked_and_there(recipe) in str(refused.value)
 
