@@ -120,7 +120,7 @@ def check_nodes(recipe: Recipe, warn: Callable[[str], None]) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ask = ray.remote(this_machine).options(num_cpus=0)
+    ask = ray.remote(num_cpus=0)(this_machine)
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     asked = [
         ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
