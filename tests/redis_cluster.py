@@ -11,8 +11,10 @@ from typing import Self
 import redis
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 
-from cluster.redis_server import RedisServer
+from cluster.redis_server import RedisServer, free_port
+from tests.tls_proxy import Authority
 
+HOST = "127.0.0.1"
 NUM_NODES = 3
 NODE_TIMEOUT_MS = 2000
 FORM_TIMEOUT_S = 30.0
@@ -25,6 +27,11 @@ class ClusterMember(RedisServer):
         folder.mkdir()
         super().__init__(folder)
         self._password = password
+
+    @property
+    def public_port(self) -> int:
+        """The port by which clients know it."""
+        return self.port
 
     def _config(self) -> str:
         cluster = ["cluster-enabled yes", f"cluster-node-timeout {NODE_TIMEOUT_MS}", f"masterauth {self._password}"]
@@ -42,20 +49,42 @@ class ClusterMember(RedisServer):
         return told.get("cluster_state") == "ok" and told.get("cluster_known_nodes") == str(NUM_NODES)
 
 
-class RedisCluster:
-    """The servers together, in the form that tests know a single one by."""
+class TlsMember(ClusterMember):
+    """One that speaks TLS with clients and the others; the port without is for `ask` alone."""
 
-    def __init__(self, folder: Path) -> None:
-        password = secrets.token_urlsafe(32)
-        self.members = [ClusterMember(folder / str(number), password) for number in range(NUM_NODES)]
+    def __init__(self, folder: Path, password: str, authority: Authority) -> None:
+        super().__init__(folder, password)
+        self._authority, self._pair = authority, authority.issue(HOST)
+        self._public_port = free_port(HOST)
+
+    @property
+    def public_port(self) -> int:
+        """The port by which clients know it."""
+        return self._public_port
+
+    def _config(self) -> str:
+        files = {"cert": self._pair.certificate, "key": self._pair.key, "ca-cert": self._authority.certificate}
+        tls = [f"tls-{kind}-file {path}" for kind, path in files.items()]
+        tls += [f"tls-port {self.public_port}", "tls-cluster yes", "tls-auth-clients no"]
+        return super()._config() + "\n".join(tls) + "\n"
+
+
+class RedisCluster:
+    """The servers together, in the form that tests know a single one by; with TLS where an authority is given."""
+
+    def __init__(self, folder: Path, authority: Authority | None = None) -> None:
+        password, folders = secrets.token_urlsafe(32), [folder / str(number) for number in range(NUM_NODES)]
+        self.members = [
+            TlsMember(own, password, authority) if authority else ClusterMember(own, password) for own in folders
+        ]
+        self._scheme, self._password = "rediss+cluster" if authority else "redis+cluster", password
         self._is_formed = False
 
     @property
     def url(self) -> str:
         """The URL by which `connect` joins."""
-        first, *others = [member.url.removesuffix("/0") for member in self.members]
-        hosts = [url.rpartition("@")[2] for url in others]
-        return ",".join([first.replace("redis://", "redis+cluster://"), *hosts])
+        hosts = ",".join(f"{HOST}:{member.public_port}" for member in self.members)
+        return f"{self._scheme}://:{self._password}@{hosts}"
 
     @property
     def port(self) -> int:
@@ -95,7 +124,7 @@ class RedisCluster:
         for number, member in enumerate(self.members):
             member.ask("CLUSTER SET-CONFIG-EPOCH", number + 1)
             member.ask("CLUSTER ADDSLOTS", *range(bounds[number], bounds[number + 1]))
-            self.members[0].ask("CLUSTER MEET", "127.0.0.1", member.port)
+            self.members[0].ask("CLUSTER MEET", HOST, member.public_port)
         self._is_formed = True
 
     def __enter__(self) -> Self:

@@ -215,7 +215,7 @@ def _diagnosis(error: Exception) -> tuple[str, str]:
     if "SSL" in text or "certificate" in text.lower():
         return (
             "TLS failed",
-            "use redis:// if the server has no TLS; name its CA by ?ssl_ca_certs=/path/ca.pem",
+            "use redis:// or redis+cluster:// if the server has no TLS; name its CA by ?ssl_ca_certs=/path/ca.pem",
         )
     if isinstance(error, redis_errors.ClusterError | redis_errors.RedisClusterException):
         return "the cluster does not serve all keys", "look at CLUSTER INFO; start the nodes that are down"

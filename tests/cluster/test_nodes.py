@@ -17,7 +17,7 @@ from cluster.memory import check_nodes
 from cluster.nodes import check_cluster, demand, missing_resources, nodes_held
 from protocol.errors import RecipeError
 from protocol.recipe import Recipe
-from protocol.recipe_file import parse_recipe
+from protocol.recipe_file import load_recipe, parse_recipe
 from protocol.roles import Placement
 
 
@@ -66,6 +66,16 @@ def enter(recipe: Recipe, said: list[str]) -> list[str]:
 def test_one_process_reserves_what_its_placement_names_and_nothing_of_which_it_wants_none() -> None:
     placement = Placement(num_cpus=0, num_gpus=1, resources={"rollout": 1, "spot": 0})
     assert demand(placement) == {"GPU": 1, "rollout": 1}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_every_node_is_asked_for_its_memory() -> None:
+    said: list[str] = []
+    check_nodes(load_recipe("recipes/tiny_prdp.yaml"), said.append)
+    assert said == []
+    too_large = ["learner.micro_batch_size=1000000", "batch.num_groups=240000"]
+    with pytest.raises(RecipeError, match="more main memory than"):
+        check_nodes(load_recipe("recipes/tiny_prdp.yaml", too_large), said.append)
 
 
 def test_a_cluster_without_the_nodes_is_refused_at_once_where_nobody_is_to_wait(cluster: Any) -> None:

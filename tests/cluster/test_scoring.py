@@ -1,11 +1,10 @@
-"""Scores and weights between real Ray actors: tried again when an actor is lost, explained when that does not help."""
+"""Scores between real Ray actors: tried again when an actor is lost, explained when that does not help."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,6 @@ from cluster import launch
 from cluster.attempt import start_error
 from cluster.nodes import check_cluster, roles
 from cluster.scoring import RewardPool, Scorer
-from cluster.weight_store import StoreClient
 from protocol.errors import RecipeError, RewardError
 from protocol.recipe import Recipe
 from protocol.roles import Reward
@@ -252,53 +250,6 @@ def test_scores_that_are_on_their_way_do_not_block(scorer: Any) -> None:
     started = time.monotonic()
     assert not pending.ready()
     assert time.monotonic() - started < 10
-
-
-@pytest.fixture
-def store(rewards: Path) -> Iterator[Any]:
-    """A weight store that keeps two versions."""
-    actor = launch.start_store(recipe_with(Reward(name=f"{rewards}:brightness")))
-    yield actor
-    ray.kill(actor)
-
-
-def test_a_store_gives_back_the_very_bytes_by_digest(store: Any) -> None:
-    client, data = StoreClient(store), os.urandom(2_000_000)
-    client.publish(0, "abc", data)
-    assert client.fetch("abc") == data
-    assert client.fetch("another") is None
-
-
-def test_a_store_keeps_the_newest_versions_whatever_order_they_come_in(store: Any) -> None:
-    client = StoreClient(store)
-    for version in (3, 1, 2, 4):
-        client.publish(version, f"digest {version}", b"weights")
-    assert client.held() == {3, 4}
-    assert client.fetch("digest 1") is None
-
-
-def test_a_store_that_was_restarted_is_empty_and_answers(store: Any) -> None:
-    client = StoreClient(store)
-    client.publish(0, "abc", b"weights")
-    ray.kill(store, no_restart=False)
-    # Ray kills in its own time: the dying process may still answer what is asked at once.
-    deadline = time.monotonic() + 60
-    while client.held() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert client.held() == set()
-    client.publish(0, "abc", b"weights")
-    assert client.fetch("abc") == b"weights"
-
-
-def test_bytes_outlive_the_process_that_published_them(store: Any) -> None:
-    @ray.remote(num_cpus=1)
-    def publish_and_die() -> None:
-        StoreClient(store).publish(7, "abc", b"weights" * 100_000)
-        threading.Timer(0.2, os._exit, (1,)).start()
-
-    ray.get(publish_and_die.remote())
-    time.sleep(1)
-    assert StoreClient(store).fetch("abc") == b"weights" * 100_000
 
 
 def test_a_cluster_that_could_never_place_the_roles_is_refused(rewards: Path) -> None:

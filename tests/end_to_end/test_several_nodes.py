@@ -84,7 +84,7 @@ def test_a_network_that_is_cut_between_all_roles_and_redis_heals(
             driver.wait_for(lambda: driver.rounds_done() >= 1)
             wire.cut()
             at_the_cut = driver.rounds_done()
-            time.sleep(15)
+            time.sleep(30)
             assert wire.num_cut > 0
             assert driver.rounds_done() <= at_the_cut + 2 < 12, "the run went on without Redis"
             wire.heal()
