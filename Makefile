@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+TEST_PROCESSES ?= 2
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test test-slow check bench wheel install install-test clean
@@ -18,8 +19,9 @@ demo: install
 	@echo "draw more:  $(BIN)/sfumato sample $(RUN) --prompt 'a red seven on a blue ground' --out seven.png"
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES)
 
+# One by one: what is slow starts several processes itself.
 test-slow: install-test
 	$(BIN)/python -m pytest -m slow
 

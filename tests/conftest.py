@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 from cluster.redis_server import RedisServer
 from protocol.groups import Group
@@ -22,6 +24,29 @@ settings.load_profile("sfumato")
 PROMPTS = Source.of_prompts(("a red seven", "a blue one", "a green four"))
 PLAN = TicketPlan(run_seed=7, sources=(PROMPTS,), num_groups=8, group_size=4, lag=1)
 DIGEST = "9f86d081" * 8
+
+
+class ByFile(LoadFileScheduling):
+    """A file's tests run in one process, which makes once what they share. Those of whole runs are as one file: they
+    look at the same runs, and each starts as many processes as a machine has."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "end_to_end" if "/end_to_end/" in nodeid else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile:
+    return ByFile(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """The garbage collector leaves alone what was imported: walking through it again and again is a sixth of all
+    time."""
+    gc.disable()
+    collected = yield
+    gc.freeze()
+    gc.enable()
+    return collected
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -14,8 +16,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
+import pytest
 import torch
 
+from cluster.cli import run_command_line
 from diffusion.weights import unpack
 from learner.checkpoint import latest_checkpoint
 
@@ -47,6 +51,17 @@ def sfumato(
         output.seek(0)
         errors.seek(0)
         return subprocess.CompletedProcess(done.args, done.returncode, output.read(), errors.read())
+
+
+def sfumato_here(*arguments: str | Path, cwd: Path, env: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
+    """Runs `sfumato ARGUMENTS` in this process, where libraries are loaded: for what starts no process of its own."""
+    words = [*map(str, arguments)]
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(cwd):
+        for name, value in env.items():
+            patch.setenv(name, value)
+        with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
+            code = run_command_line(words)
+    return subprocess.CompletedProcess(words, code, output.getvalue(), errors.getvalue())
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cluster.run_dir import follower_dir
-from tests.end_to_end.runs import Driver, Run, finished, sfumato
+from tests.end_to_end.runs import Driver, Run, finished, sfumato, sfumato_here
 
 FOLLOWERS = [
     {"name": "dpo", "algorithm": {"name": "dpo", "beta_half": 100}, "learner": {"learning_rate": 1e-3}},
@@ -60,10 +60,10 @@ def test_followers_learn_from_the_very_groups_of_the_first_learner(followed: Run
 def test_a_followers_directory_is_a_run_to_look_at(followed: Run, workshop: Path) -> None:
     folder = follower_dir(followed.folder, "dpo")
     assert (folder / "export" / "pytorch_lora_weights.safetensors").is_file()
-    digest = sfumato("digest", folder, cwd=workshop)
+    digest = sfumato_here("digest", folder, cwd=workshop)
     assert digest.stdout.split()[-1] == follower(followed, "dpo").digest
     for command in (["verify", folder], ["evaluate", folder]):
-        done = sfumato(*command, cwd=workshop)
+        done = sfumato_here(*command, cwd=workshop)
         assert done.returncode == 0, done.stderr
 
 

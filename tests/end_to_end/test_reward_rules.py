@@ -12,7 +12,7 @@ import yaml
 
 from learner.checkpoint import latest_checkpoint
 from tests.cluster.package_shelf import add_package
-from tests.end_to_end.runs import Driver, Run, finished, sfumato
+from tests.end_to_end.runs import Driver, Run, finished, sfumato, sfumato_here
 
 REWARDS = """
 import os, random
@@ -82,7 +82,7 @@ def test_a_run_is_repeated_from_its_score_log_though_rewards_vote_and_fail(desk:
     again = finished(sfumato(*command, "--resume", cwd=desk), desk / "run")
     assert again.digests == digests
     assert [row["reward/Votes"] for row in again.metrics] == [row["reward/Votes"] for row in metrics]
-    replayed = sfumato("verify", "run", "--replay", "8", cwd=desk)
+    replayed = sfumato_here("verify", "run", "--replay", "8", cwd=desk)
     assert replayed.returncode == 0, replayed.stderr
     assert re.search(r"8 of 8 groups drawn, all bit-identical", replayed.stdout)
 

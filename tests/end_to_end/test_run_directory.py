@@ -19,7 +19,7 @@ from diffusion.weights import pack, unpack, weights_digest
 from learner.checkpoint import checkpoints_in, latest_checkpoint
 from protocol.recipe_file import dump_recipe, load_recipe
 from tests.end_to_end.conftest import RECIPE
-from tests.end_to_end.runs import Driver, Run, finished, sfumato
+from tests.end_to_end.runs import Driver, Run, finished, sfumato, sfumato_here
 
 METRICS = {
     *("round", "step", "version", "reward/mean", "reward/jpeg_compressibility", "loss", "kl", "grad_norm"),
@@ -158,15 +158,15 @@ def test_full_fine_tuning_starts_at_its_reference_and_leaves_it(full_run: Run) -
 
 
 def test_the_digest_is_the_last_line_for_every_version(run: Run, workshop: Path) -> None:
-    newest = sfumato("digest", run.folder, cwd=workshop)
+    newest = sfumato_here("digest", run.folder, cwd=workshop)
     assert newest.stdout.splitlines()[-1] == run.digest == weights_digest(run.weights())
-    first = sfumato("digest", run.folder, "--version", "0", cwd=workshop)
+    first = sfumato_here("digest", run.folder, "--version", "0", cwd=workshop)
     assert first.stdout.splitlines()[-1] == run.ledger[0]["digest"]
 
 
 def test_an_evaluation_compares_each_reward_with_the_base_at_the_same_seeds(run: Run, workshop: Path) -> None:
     out = workshop / "evaluation.json"
-    done = sfumato("evaluate", run.folder, "--json", out, cwd=workshop, env={"COLUMNS": "160"})
+    done = sfumato_here("evaluate", run.folder, "--json", out, cwd=workshop, env={"COLUMNS": "160"})
     assert done.returncode == 0, done.stderr
     assert "wins" in done.stdout
     assert "jpeg_compressibility" in done.stdout
@@ -181,7 +181,8 @@ def test_an_evaluation_compares_each_reward_with_the_base_at_the_same_seeds(run:
 
 def test_an_evaluation_takes_other_prompts_and_repeats_itself(run: Run, workshop: Path) -> None:
     (workshop / "others.txt").write_text("a green one\na blue seven\n")
-    tables = [sfumato("evaluate", run.folder, "--prompts", "others.txt", cwd=workshop).stdout for _ in range(2)]
+    command = ("evaluate", run.folder, "--prompts", "others.txt")
+    tables = [run_it(*command, cwd=workshop).stdout for run_it in (sfumato, sfumato_here)]
     assert "others.txt" in tables[0]
     assert tables[0] == tables[1]
 
@@ -190,7 +191,7 @@ def test_an_evaluation_takes_other_prompts_and_repeats_itself(run: Run, workshop
 def test_samples_of_a_run_and_of_a_model_are_pictures(run: Run, workshop: Path, source: str) -> None:
     out, folder = workshop / f"{source}.png", run.folder if source == "run" else workshop / "model"
     arguments = ["--prompt", "a red one", "--num-images", "3", "--num-steps", "4", "--out", out]
-    done = sfumato("sample", folder, *arguments, cwd=workshop)
+    done = sfumato_here("sample", folder, *arguments, cwd=workshop)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(out)
     with Image.open(out) as picture:

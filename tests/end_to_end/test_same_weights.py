@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cluster.redis_server import RedisServer
-from tests.end_to_end.runs import Driver, Run, finished, rows, sfumato
+from tests.end_to_end.runs import Driver, Run, finished, rows, sfumato, sfumato_here
 from tests.redis_cluster import RedisCluster, keys_of
 
 TWO_RANKS = "learner.world_size=2"
@@ -87,14 +87,14 @@ def test_a_run_that_loses_every_role_and_its_driver_ends_where_an_unbroken_one_d
     folder = workshop / f"storm-{lag}"
     with Driver(folder, settings, cwd=workshop) as driver:
         driver.wait_for(lambda: driver.rounds_done() >= 1)
-        assert sfumato("scale", folder, "--rollouts", "3", cwd=workshop).returncode == 0
+        assert sfumato_here("scale", folder, "--rollouts", "3", cwd=workshop).returncode == 0
         for round_, role in enumerate(ROLES, start=1):
             driver.wait_for(lambda reached=round_: driver.rounds_done() >= reached)
             driver.kill_one(role)
         driver.wait_for(lambda: driver.rounds_done() >= 5)
         driver.kill_one("ray::LearnerProcess")
         driver.wait_for(lambda: driver.attempt() == 1)
-        assert sfumato("scale", folder, "--rollouts", "2", cwd=workshop).returncode == 0
+        assert sfumato_here("scale", folder, "--rollouts", "2", cwd=workshop).returncode == 0
         moment_s = random.SystemRandom().uniform(0, 20)
         time.sleep(moment_s)
         below = driver.kill()
@@ -116,7 +116,7 @@ def test_actors_that_come_and_go_while_it_runs_change_nothing(train: Callable[..
     with Driver(run.folder, ["recipe.yaml", *UNBROKEN[1], "rounds=400"], cwd=workshop) as driver:
         driver.wait_for(lambda: driver.rounds_done() >= 1)
         for num, num_seen in ((3, 3), (1, 3), (2, 4)):
-            assert sfumato("scale", run.folder, "--rollouts", str(num), cwd=workshop).returncode == 0
+            assert sfumato_here("scale", run.folder, "--rollouts", str(num), cwd=workshop).returncode == 0
             enough = driver.rounds_done() + 2
             driver.wait_for(
                 lambda seen_by_then=num_seen, by=enough: seen() >= seen_by_then and driver.rounds_done() >= by
@@ -137,7 +137,7 @@ def test_a_run_that_scales_by_itself_and_by_hand_ends_where_one_of_a_fixed_size_
 
     def ask(rollouts: str, replicas: int) -> None:
         sizes = ["--rollouts", rollouts, "--reward", f"jpeg_compressibility={replicas}"]
-        assert sfumato("scale", run.folder, *sizes, cwd=workshop).returncode == 0
+        assert sfumato_here("scale", run.folder, *sizes, cwd=workshop).returncode == 0
 
     settings = ["recipe.yaml", *UNBROKEN[1], "rounds=400", "rollouts={min: 1, max: 2}"]
     with Driver(run.folder, settings, cwd=workshop) as driver:

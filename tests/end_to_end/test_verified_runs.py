@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.runs import Run, sfumato
+from tests.end_to_end.runs import Run, sfumato_here
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,7 @@ def run(train: Callable[..., Run]) -> Run:
 
 
 def test_a_run_verifies_and_its_groups_come_out_again(run: Run, workshop: Path) -> None:
-    done = sfumato("verify", run.folder, "--replay", "3", cwd=workshop)
+    done = sfumato_here("verify", run.folder, "--replay", "3", cwd=workshop)
     assert done.returncode == 0, done.stderr
     told = dict(line.strip().split("  ", 1) for line in done.stdout.splitlines())
     assert told["rounds"].strip().startswith("3 of 3")
@@ -36,7 +36,7 @@ def test_a_flipped_digit_in_a_ledger_is_found_with_the_worker_that_is_blamed(
     checksum, worker = rows[2]["checksums"][1], rows[2]["workers"][1]
     rows[2]["checksums"][1] = checksum[:-1] + f"{int(checksum[-1], 16) ^ 1:x}"
     (copy / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = sfumato("verify", copy, "--replay", "100", cwd=workshop)
+    done = sfumato_here("verify", copy, "--replay", "100", cwd=workshop)
     assert done.returncode == 2
     name, _, host = worker.partition("@")
     assert f"ticket 000002-0001: checksum of the group that worker {name} on host {host} made" in done.stderr

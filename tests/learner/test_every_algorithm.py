@@ -430,7 +430,9 @@ def test_a_window_that_was_left_costs_no_backward_pass(trained: Trained) -> None
 def test_activations_that_are_computed_again_give_the_same_weights(desk: Desk, stage: int) -> None:
     learner = {"learning_rate": 1e-3, "micro_batch_size": 8, "zero_stage": stage}
     runs = [
-        desk.run(f"checkpointing-{stage}-{on}", CASES["prdp"], learner={**learner, "gradient_checkpointing": on})
+        desk.run(
+            f"checkpointing-{stage}-{on}", CASES["prdp"], rounds=1, learner={**learner, "gradient_checkpointing": on}
+        )
         for on in (False, True)
     ]
     saved = [peak_of_saved_tensors(run) for run in runs]
@@ -613,11 +615,11 @@ def test_every_iteration_of_self_play_starts_adamw_afresh(desk: Desk) -> None:
 
 def test_the_statistics_of_prompts_outlive_a_killed_learner(desk: Desk) -> None:
     """B5: six rewards or more of a prompt are standardised by its own."""
-    parts = case("ddpo", ON_PROMPTS, {"min_count": 7, "buffer_size": 9}, rounds=4, **EACH_ROUND)
+    parts = case("ddpo", ON_PROMPTS, {"min_count": 7, "buffer_size": 9}, rounds=3, **EACH_ROUND)
     unbroken = desk.run("ddpo-unbroken", parts).train()
     train_and_kill(desk.run("ddpo-killed", parts), 2)
     resumed = desk.run("ddpo-killed", parts, attempt=1).train()
     rare = [row["pg/fallback_fraction"] for row in unbroken]
     assert rare[0] == 1
-    assert rare[2:] == [0, 0]
+    assert rare[2] == 0
     assert [row["updates"] for row in resumed] == [row["updates"] for row in unbroken]

@@ -46,7 +46,11 @@ def test_a_jpeg_reward_is_the_size_of_the_file_that_pillow_writes() -> None:
     assert sizes == sorted(sizes), "noise compresses badly"
 
 
-@pytest.mark.parametrize("reward", [JpegCompressibility(), JpegIncompressibility(), DigitAlignment()], ids=repr)
+@pytest.mark.parametrize(
+    "reward",
+    [JpegCompressibility(), JpegIncompressibility(), DigitAlignment()],
+    ids=lambda reward: type(reward).__name__,
+)
 def test_a_score_does_not_depend_on_who_else_is_in_the_batch(reward: DigitAlignment) -> None:
     images = probe_images(5, 32)
     together = check_scores("reward", reward(images, [PROMPT] * 5), [PROMPT] * 5)

@@ -38,7 +38,7 @@ def test_another_number_of_scores_is_refused(scores: object) -> None:
         check_scores("mine", scores, PROMPTS)
 
 
-@pytest.mark.parametrize("scores", [None, "high", ["a", "b", "c"], [[1], [1, 2], 3], object()], ids=str)
+@pytest.mark.parametrize("scores", [None, "high", ["a", "b", "c"], [[1], [1, 2], 3], object], ids=str)
 def test_what_is_no_number_is_refused(scores: object) -> None:
     with pytest.raises(RewardError, match="reward mine, on the prompt 'a red seven',"):
         check_scores("mine", scores, PROMPTS)
