@@ -69,16 +69,18 @@ class RolloutWorker:
         with suppress(RedisError):
             self._wait_for_scores(at_most=0)
 
-    def answer_waiting(self, is_wanted: Callable[[Ticket], bool]) -> None:
+    def answer_waiting(self, is_wanted: Callable[[Ticket], bool]) -> bool:
         """Answers the tickets that wait, but for those that nobody wants any more, and returns when none does; also
-        where Redis is away, which whoever waits for the groups finds out too. Others may have used the policy before.
-        """
+        where Redis is away, which whoever waits for the groups finds out too. Returns True if there was any ticket.
+        Others may have used the policy before."""
         self._rollout.forget_weights()
+        num_taken = 0
         try:
             while self._turn(0.0, is_wanted):
-                pass
+                num_taken += 1
         except RedisError as error:
             self._let_go(error)
+        return num_taken > 0
 
     def _turn(self, block_s: float, is_wanted: Callable[[Ticket], bool] | None = None) -> bool:
         """Takes a ticket and samples it, or waits for the scores of those before. Returns True if there was one."""

@@ -256,8 +256,8 @@ class Attempt:
             done, _ = ray.wait([*waiting, *self._crew.runs], num_returns=1, timeout=POLL_S)
             for ref in done:
                 if ref in waiting:
-                    self._check_rank(ref)
                     waiting.remove(ref)
+                    self._check_rank(ref, waiting)
                 else:
                     self._check_rollout(ref, waiting)
             if redis.keep_alive(self._recipe.supervision.answer_timeout_s):
@@ -268,10 +268,15 @@ class Attempt:
             self._scaling.turn()
             self._status.scaling = self._scaling.told
 
-    def _check_rank(self, ref: Any) -> None:
+    def _check_rank(self, ref: Any, others: list[Any]) -> None:
         try:
             ray.get(ref)
         except RayError as error:
+            with suppress(RedisError):
+                if (
+                    others and self._streams.is_stop_asked()
+                ):  # By a rank that cannot sample, so that all save what they learnt.
+                    self._stop_learners(others, first_line(error))
             raise own_error(error) or LearnerLostError(first_line(error)) from error
 
     def _check_rollout(self, ref: Any, training: list[Any]) -> None:

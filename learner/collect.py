@@ -95,7 +95,10 @@ class Collector:
                 if time.monotonic() - heard_at > self._give_up_after_s:
                     raise
                 time.sleep(RECONNECT_EVERY_S)
+            listening = time.monotonic()
             self._while_waiting()
+            # A rank that samples meanwhile does not listen.
+            heard_at += time.monotonic() - listening
         return self._close(round_)
 
     def make_good(self, tickets: list[Ticket], done: Callable[[], bool]) -> None:

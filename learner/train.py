@@ -76,8 +76,7 @@ class LearnerRank:
         self._turns: Turns | None = None
         self._failure: SfumatoError | None = None
         if make_worker:
-            threads = recipe.rollout_worker.threads
-            self._turns = Turns(make_worker, self._chain, self._versions, threads, self._after_sampling_step)
+            self._turns = Turns(make_worker, self._chain, self._versions, self._after_sampling_step)
 
     def train(self) -> None:
         """Runs the rounds that are left, from the newest checkpoint if there is one."""
@@ -149,6 +148,8 @@ class LearnerRank:
         try:
             if self._follows:
                 self._wait_until(self._company.first_has_begun)
+            if self._turns:
+                self._engine.barrier()  # Whoever came before the first rank has issued would find no ticket.
             self._sample()
             collected = self._collector.collect(self._round)
             self._report_progress("learning", at_once=True)

@@ -1,7 +1,7 @@
 """Colocated sampling: a learner rank answers tickets too, in turns with learning, on the one network that it has.
 
     [turn: tickets -> groups, until none waits] --> [learning: groups -> next version] --> [turn] --> ...
-        what only sampling uses is on the GPU           it is in main memory
+        text encoders and autoencoder are on the GPU    they are in main memory
 
 Its groups go the way of a rollout actor's, through Redis, so that all promises hold for them, and rollout actors may
 come and go beside it.
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
+from torch import Tensor
 
 from diffusion.chain import Chain
 from diffusion.peak_memory import release_unused
@@ -24,8 +24,9 @@ from protocol.tickets import Ticket
 class Worker(Protocol):
     """What answers tickets."""
 
-    def answer_waiting(self, is_wanted: Callable[[Ticket], bool]) -> None:
-        """Answers the tickets that wait, but for those that nobody wants any more, and returns when none does."""
+    def answer_waiting(self, is_wanted: Callable[[Ticket], bool]) -> bool:
+        """Answers the tickets that wait, but for those that nobody wants any more, and returns when none does. Returns
+        True if there was any."""
         ...
 
 
@@ -37,35 +38,27 @@ class Turns:
     """Lends a rank's network to a worker, and has it back as it was."""
 
     def __init__(
-        self,
-        make_worker: MakeWorker,
-        chain: Chain,
-        versions: Versions,
-        num_threads: int,
-        after_step: Callable[[], None],
+        self, make_worker: MakeWorker, chain: Chain, versions: Versions, after_step: Callable[[], None]
     ) -> None:
-        """`num_threads` are those of a rollout actor: they are part of the numerics."""
-        self._chain, self._versions, self._num_threads = chain, versions, num_threads
-        self._own: dict[str, torch.Tensor] | None = None
+        self._policy, self._versions = chain.policy, versions
+        self._own: dict[str, Tensor] | None = None
         self._worker = make_worker(chain, self._fetch, after_step)
 
     def sample(self, round_: int) -> None:
         """Lets the worker answer tickets of a round and of later ones. Afterwards the weights are the very bits that
         they were before, and the memory that sampling took is free."""
-        policy, own_threads = self._chain.policy, torch.get_num_threads()
-        release_unused(policy.device)
-        torch.set_num_threads(self._num_threads)
+        release_unused(self._policy.device)
         try:
-            self._worker.answer_waiting(lambda ticket: ticket.round >= round_)
+            has_sampled = self._worker.answer_waiting(lambda ticket: ticket.round >= round_)
         finally:
-            torch.set_num_threads(own_threads)
             if self._own is not None:
-                policy.load_trainable_state(self._own)
+                self._policy.load_trainable_state(self._own)
                 self._own = None
-            policy.set_aside()
+        if has_sampled:
+            self._policy.set_aside()
 
     def _fetch(self, ticket: Ticket) -> bytes:
         """Asked for where other weights than the present ones are to sample."""
         if self._own is None:
-            self._own = copy_state(self._chain.policy.trainable_state())
+            self._own = copy_state(self._policy.trainable_state())
         return pack(self._versions.states[ticket.version])

@@ -99,7 +99,7 @@ def estimate(recipe: Recipe) -> list[Process] | None:
     return [
         _learner_rank(recipe, files, "a learner rank", samples=recipe.is_colocated),
         *(_learner_rank(own, files, f"a rank of {name}") for name, own in followers.items()),
-        *([] if recipe.is_colocated else [_rollout_actor(recipe, files)]),
+        *([_rollout_actor(recipe, files)] if recipe.rollouts.max else []),
         _beside(recipe, files),
     ]
 
@@ -138,14 +138,25 @@ def _learner_rank(recipe: Recipe, files: ModelFiles, role: str, *, samples: bool
         items.append(Item(STEP, max(0, step - activations.size_bytes), "device", SHARD))
     items.append(activations)
     if samples:
-        passing = _passing(recipe, files, shape_CHW)
-        items += [
-            Item("autoencoder", width * files.num_vae, "device", HALVE),
-            # Sampling and learning take turns in the same memory.
-            replace(passing, size_bytes=max(0, passing.size_bytes - max(step, activations.size_bytes))),
-            Item("a group on its way", group_bytes(recipe, shape_CHW), "host", "lower batch.group_size"),
-        ]
+        # Sampling and learning take turns in the same memory.
+        freed = activations.size_bytes if learner.offload_optimizer else max(step, activations.size_bytes)
+        items += _of_turns(recipe, files, freed)
     return Process(role, learner.world_size, learner, _not_empty(items))
+
+
+def _of_turns(recipe: Recipe, files: ModelFiles, freed_bytes: int) -> Iterator[Item]:
+    """What sampling adds to a rank, in whose memory learning has left so much free."""
+    width, shape_CHW = _width(recipe), latent_shape_CHW(files.denoiser)
+    passing = _passing(recipe, files, shape_CHW)
+    yield Item("autoencoder", width * files.num_vae, "device", HALVE)
+    yield replace(passing, size_bytes=max(0, passing.size_bytes - freed_bytes))
+    yield Item("a group on its way", group_bytes(recipe, shape_CHW), "host", "lower batch.group_size")
+    if recipe.learner.num_gpus:
+        beside = width * (files.num_text + files.num_vae)
+        yield Item("text encoders and autoencoder, set aside", beside, "host", HALVE)
+    if recipe.lag or recipe.iterations or recipe.behaviour == "base":
+        # The rank's own, and those that sample, as bytes and as tensors.
+        yield Item("weights that change places", 3 * width * num_trained(recipe, files), "host", "set lag=0")
 
 
 def _denoiser(recipe: Recipe, files: ModelFiles, learner: Learner) -> Iterator[Item]:

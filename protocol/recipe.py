@@ -303,7 +303,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _algorithm_can_learn(self) -> Self:
-        for problem in requirements.problems(self):
+        for problem in (*requirements.problems(self), *requirements.colocation(self)):
             raise ValueError(problem)
         return self
 

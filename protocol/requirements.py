@@ -42,7 +42,6 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _excursions(recipe)
     yield from _perception(recipe)
     yield from _behaviour(recipe)
-    yield from _colocation(recipe)
     yield from _firewall(recipe)
     yield from _optional_rewards(recipe)
     for follower in recipe.followers:
@@ -99,11 +98,21 @@ def _behaviour(recipe: Recipe) -> Iterator[str]:
         yield f"behaviour: base, but {algorithm.name} needs samples of the weights that it trains"
 
 
-def _colocation(recipe: Recipe) -> Iterator[str]:
-    if recipe.is_colocated and recipe.learner.zero_stage == 3:
+def colocation(recipe: Recipe) -> Iterator[str]:
+    """Yields what keeps the first learner's ranks from sampling as rollout actors would, where they are to sample."""
+    learner, worker = recipe.learner, recipe.rollout_worker
+    if not recipe.is_colocated:
+        return
+    if learner.zero_stage == 3:
         yield (
             "rollouts: 0 lets the learner's ranks sample, each a ticket of its own, but with learner.zero_stage 3 no "
             "rank has all parameters; use stage 2 or less, or rollouts: 1"
+        )
+    if learner.threads != worker.threads or (learner.num_gpus > 0) != (worker.num_gpus > 0):
+        yield (
+            "rollouts: 0 lets the learner's ranks sample as rollout actors would, but learner.threads, num_gpus "
+            f"{learner.threads}, {learner.num_gpus:g} and rollout_worker.threads, num_gpus {worker.threads}, "
+            f"{worker.num_gpus:g} would compute in different ways: give both as many threads, and both GPUs or none"
         )
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from pydantic import ValidationError
 
 from cluster.redis_server import RedisServer
@@ -67,20 +66,6 @@ def test_whole_networks_are_lent_and_given_back(desk: Desk) -> None:
     late = CASES["policy_gradient_late"]
     apart, in_turns = both_ways(desk, "full", late, **FULL, learner={"learning_rate": 1e-4, "zero_stage": 2})
     assert told(in_turns) == told(apart)
-
-
-def test_sampling_has_the_threads_of_a_rollout_and_learning_those_of_a_learner(desk: Desk) -> None:
-    seen = set()
-
-    def scores(images: np.ndarray) -> np.ndarray:
-        seen.add(torch.get_num_threads())
-        return redness(images)
-
-    threads = {"rollout_worker": {"threads": 2}}
-    run = desk.run("threads", CASES["sft_online"], scores=scores, rollouts=0, rounds=1, **threads)
-    run.train_in_turns()
-    assert seen == {2}
-    assert torch.get_num_threads() == 1
 
 
 def test_what_nobody_waits_for_any_more_is_not_sampled(desk: Desk) -> None:
@@ -144,6 +129,22 @@ def test_a_stop_is_heard_in_the_middle_of_a_turn(desk: Desk, monkeypatch: pytest
     assert weights_digest(policy.trainable_state()) == found.meta.digests["1"]
 
 
-def test_shards_of_parameters_cannot_sample(desk: Desk) -> None:
-    with pytest.raises(ValidationError, match="zero_stage 3 no rank has all parameters"):
-        desk.run("sharded", CASES["prdp"], rollouts=0, learner={"zero_stage": 3})
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learner": {"zero_stage": 3}}, "zero_stage 3 no rank has all parameters"),
+        ({"rollout_worker": {"threads": 2}}, "different ways: give both as many threads"),
+        ({"learner": {"num_gpus": 1}}, "different ways: .* both GPUs or none"),
+    ],
+)
+def test_ranks_that_could_not_sample_as_rollout_actors_do_are_refused(
+    desk: Desk, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        desk.run("refused", CASES["prdp"], rollouts=0, **settings)
+    desk.run("refused", CASES["prdp"], rollouts=1, **settings)
+
+
+def test_a_follower_may_have_shards_beside_a_learner_that_samples(desk: Desk) -> None:
+    follower = {"name": "sharded", "algorithm": CASES["prdp"]["algorithm"], "learner": {"zero_stage": 3}}
+    desk.run("followed", CASES["prdp"], rollouts=0, followers=[follower], checkpoints={"keep_last": 2})

@@ -249,3 +249,17 @@ def test_a_rank_that_samples_too_holds_less_than_a_rank_and_a_rollout_together(s
     rank, rollout, both = apart[0].size_bytes("gpu"), apart[1].size_bytes("gpu"), alone[0].size_bytes("gpu")
     assert rank < both <= rank + rollout - held(apart[0])["the denoiser's weights"]
     assert held(alone[0])["autoencoder"] == held(apart[1])["autoencoder"]
+    aside = held(alone[0])["text encoders and autoencoder, set aside"]
+    assert aside == held(alone[0])["autoencoder"] + held(alone[0])["text encoders"]
+    helped = processes(recipe_of(sd15, rollouts={"min": 0, "max": 2}))
+    assert [(process.role, process.count) for process in helped[:2]] == [("a learner rank", 1), ("a rollout actor", 0)]
+
+
+def test_only_what_learning_has_on_the_gpu_makes_room_for_sampling_there(sd15: Path) -> None:
+    settings = {"precision": "bf16", "zero_stage": 2, "micro_batch_size": 1, "gradient_checkpointing": True}
+    drawn = next(name for name in held(processes(recipe_of(sd15, form="full"))[1]) if name.startswith("sampling"))
+    on_gpu, offloaded = (
+        held(processes(recipe_of(sd15, form="full", rollouts=0, learner={**settings, "offload_optimizer": offload}))[0])
+        for offload in (False, True)
+    )
+    assert on_gpu.get(drawn, 0) < offloaded[drawn]
