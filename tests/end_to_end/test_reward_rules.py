@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from learner.checkpoint import latest_checkpoint
+from cluster.run_dir import follower_dir
+from learner.checkpoint import latest_checkpoint, newest_common
 from tests.cluster.package_shelf import add_package
 from tests.end_to_end.runs import Driver, Run, finished, sfumato, sfumato_here
 
@@ -88,11 +89,12 @@ def test_a_run_is_repeated_from_its_score_log_though_rewards_vote_and_fail(desk:
 
 
 @pytest.mark.slow
-def test_a_required_reward_that_fails_ends_the_run_with_a_checkpoint_to_go_on_from(
-    desk: Path,
-) -> None:
+@pytest.mark.parametrize("rollouts", [1, 0])
+def test_a_required_reward_that_fails_ends_the_run_with_a_checkpoint_to_go_on_from(desk: Path, rollouts: int) -> None:
     rewards = with_rewards({"name": "./mine.py:Breaks", "kwargs": {"mark": str(desk / "mark")}, "max_attempts": 2})
-    arguments = ("recipe.yaml", rewards, "rounds=30", "checkpoints.every_rounds=100")
+    follower = {"name": "dpo", "algorithm": {"name": "dpo", "beta_half": 100}}
+    others = ("checkpoints.every_rounds=100", f"rollouts={rollouts}", f"followers={json.dumps([follower])}")
+    arguments = ("recipe.yaml", rewards, "rounds=30", *others)
     with Driver(desk / "run", arguments, cwd=desk) as driver:
         driver.wait_for(lambda: driver.rounds_done() >= 2)
         (desk / "mark").touch()
@@ -104,11 +106,12 @@ def test_a_required_reward_that_fails_ends_the_run_with_a_checkpoint_to_go_on_fr
     stopped_at = Run(desk / "run").digests
     assert found is not None
     assert found.meta.round == max(stopped_at) >= 2
+    assert newest_common([desk / "run", follower_dir(desk / "run", "dpo")]) == found.meta.round
 
     (desk / "mark").unlink()
     rounds = f"rounds={found.meta.round + 2}"
     resumed = finished(
-        sfumato("train", *arguments[:2], rounds, arguments[3], "--run-dir", "run", "--resume", cwd=desk), desk / "run"
+        sfumato("train", *arguments[:2], rounds, *others, "--run-dir", "run", "--resume", cwd=desk), desk / "run"
     )
     assert {version: resumed.digests[version] for version in stopped_at} == stopped_at
     assert len(resumed.metrics) == found.meta.round + 2
