@@ -17,9 +17,8 @@ from diffusion.weights import unpack, weights_digest
 from learner.checkpoint import AVERAGE, Checkpoint, checkpoints_in, latest_checkpoint
 from learner.images import ImageUpdater
 from tests.learner.one_process_run import Run
-from tests.learner.test_every_algorithm import CASES, Desk, train_and_kill
+from tests.learner.test_every_algorithm import CASES, Desk, desk_in, train_and_kill
 from tests.learner.test_firewall_runs import FIREWALL, climbing
-from tests.small_datasets import library_cache, write_images, write_pairs
 
 pytestmark = [
     pytest.mark.usefixtures("gang_of_one"),
@@ -36,14 +35,8 @@ EVERY = {"checkpoints": {"every_rounds": 1, "keep_last": 10}}
 def desk(
     tiny_model: str, redis_server: RedisServer, open_streams: Callable[..., Any], tmp_path_factory: Any
 ) -> Iterator[Desk]:
-    folder = tmp_path_factory.mktemp("averages")
-    (folder / "model").symlink_to(tiny_model)
-    (folder / "prompts.txt").write_text("a red seven\na blue one\na green two\n")
-    write_images(folder / "images")
-    write_pairs(folder / "pairs")
-    with pytest.MonkeyPatch.context() as patch, library_cache(folder / "library-cache"):
-        patch.chdir(folder)
-        yield Desk(folder, open_streams, redis_server)
+    with desk_in(tmp_path_factory.mktemp("averages"), tiny_model, open_streams, redis_server) as desk:
+        yield desk
 
 
 def published(run: Run) -> list[str]:

@@ -7,6 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -139,22 +140,24 @@ class Desk:
         }
 
 
-@pytest.fixture(scope="module")
-def desk(
-    tiny_model: str,
-    redis_server: RedisServer,
-    open_streams: Callable[..., Any],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Desk]:
+@contextmanager
+def desk_in(folder: Path, model: str, open_streams: Callable[..., Any], server: RedisServer) -> Iterator[Desk]:
     """A folder with a model, prompts and two datasets, which recipes name from there."""
-    folder = tmp_path_factory.mktemp("every")
-    (folder / "model").symlink_to(tiny_model)
+    (folder / "model").symlink_to(model)
     (folder / "prompts.txt").write_text("a red seven\na blue one\na green two\n")
     write_images(folder / "images")
     write_pairs(folder / "pairs")
     with pytest.MonkeyPatch.context() as patch, library_cache(folder / "library-cache"):
         patch.chdir(folder)
-        yield Desk(folder, open_streams, redis_server)
+        yield Desk(folder, open_streams, server)
+
+
+@pytest.fixture(scope="module")
+def desk(
+    tiny_model: str, redis_server: RedisServer, open_streams: Callable[..., Any], tmp_path_factory: Any
+) -> Iterator[Desk]:
+    with desk_in(tmp_path_factory.mktemp("every"), tiny_model, open_streams, redis_server) as desk:
+        yield desk
 
 
 Trained = Callable[[str], Run]

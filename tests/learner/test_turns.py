@@ -14,8 +14,7 @@ from diffusion.weights import weights_digest
 from learner.checkpoint import latest_checkpoint
 from protocol.errors import RewardError
 from tests.learner.one_process_run import Run, redness
-from tests.learner.test_every_algorithm import CASES, ROUNDS, Desk, parameters
-from tests.small_datasets import library_cache, write_images, write_pairs
+from tests.learner.test_every_algorithm import CASES, ROUNDS, Desk, desk_in, parameters
 
 pytestmark = [
     pytest.mark.usefixtures("gang_of_one"),
@@ -34,14 +33,8 @@ EVERY = {"checkpoints": {"every_rounds": 100}}
 def desk(
     tiny_model: str, redis_server: RedisServer, open_streams: Callable[..., Any], tmp_path_factory: Any
 ) -> Iterator[Desk]:
-    folder = tmp_path_factory.mktemp("turns")
-    (folder / "model").symlink_to(tiny_model)
-    (folder / "prompts.txt").write_text("a red seven\na blue one\na green two\n")
-    write_images(folder / "images")
-    write_pairs(folder / "pairs")
-    with pytest.MonkeyPatch.context() as patch, library_cache(folder / "library-cache"):
-        patch.chdir(folder)
-        yield Desk(folder, open_streams, redis_server)
+    with desk_in(tmp_path_factory.mktemp("turns"), tiny_model, open_streams, redis_server) as desk:
+        yield desk
 
 
 def told(run: Run) -> list[dict[str, Any]]:
