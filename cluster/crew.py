@@ -64,7 +64,10 @@ class Crew:
         return [self._actors[name].build.remote() for name in names]
 
     def run(self) -> None:
-        """Lets all that were hired answer tickets."""
+        """Lets all that were hired answer tickets. They are built, so that what says that they have a process has come,
+        or does at any moment."""
+        if placed := list(self._placed.values()):
+            ray.wait(placed, num_returns=len(placed), timeout=STOP_TIMEOUT_S)
         self._runs = {actor.run.remote(): name for name, actor in self._actors.items()}
 
     def resize(self, num: int) -> None:

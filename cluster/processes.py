@@ -79,6 +79,7 @@ class Sampling:
         from actors.rollout import Rollout
         from actors.rollout_worker import RolloutWorker
 
+        log.set_up(self._endpoint.run_id, f"rollout/{self._name}")
         self._chain = chain
         maker = GroupMaker(chain, self._recipe, open_real_images(self._recipe, self._run_dir, chain.policy))
         rollout = Rollout(chain, maker, fetch, self._scorer, self._name)
@@ -133,7 +134,6 @@ class RolloutProcess:
         from diffusion.chain import Chain
         from diffusion.policy import Policy
 
-        log.set_up(self._endpoint.run_id, f"rollout/{self._name}")
         torch.set_num_threads(self._recipe.rollout_worker.threads)
         policy = Policy.from_recipe(self._recipe, device_of(self._recipe.rollout_worker))
         self._worker = self._sampling.make_worker(Chain(policy, self._recipe.sampler), self._fetch)
