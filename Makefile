@@ -19,7 +19,7 @@ demo: install
 	@echo "draw more:  $(BIN)/sfumato sample $(RUN) --prompt 'a red seven on a blue ground' --out seven.png"
 
 test: check
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES)
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --no-loadscope-reorder
 
 # One by one: what is slow starts several processes itself.
 test-slow: install-test

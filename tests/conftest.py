@@ -38,6 +38,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile:
     return ByFile(config, log)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs come first: what takes longest and cannot be parted must not be what is left at the end."""
+    items.sort(key=lambda item: "/end_to_end/" not in item.nodeid)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """The garbage collector leaves alone what was imported: walking through it again and again is a sixth of all
