@@ -273,9 +273,8 @@ class Attempt:
             ray.get(ref)
         except RayError as error:
             with suppress(RedisError):
-                if (
-                    others and self._streams.is_stop_asked()
-                ):  # By a rank that cannot sample, so that all save what they learnt.
+                # By a rank that cannot sample, so that all save what they learnt.
+                if others and self._streams.is_stop_asked():
                     self._stop_learners(others, first_line(error))
             raise own_error(error) or LearnerLostError(first_line(error)) from error
 

@@ -73,7 +73,8 @@ def nodes_held(recipe: Recipe, tell: Callable[[str], None]) -> Iterator[None]:
     the block is left. Raises RecipeError where `supervision.node_timeout_s` has passed before all of it is there."""
     deadline = time.monotonic() + recipe.supervision.node_timeout_s
     # A place for all at once is what the autoscaler counts as asked for, and it ends with us however we end.
-    group = placement_group(_bundles(recipe), strategy="PACK") if recipe.supervision.node_timeout_s else None
+    bundles = [dict(process) for unit in _units(recipe) for process in unit if process]
+    group = placement_group(bundles, strategy="PACK") if recipe.supervision.node_timeout_s else None
     try:
         while not _has_place(recipe) and time.monotonic() < deadline:
             tell(f"waiting for nodes: {_shortage(recipe)}")
@@ -83,10 +84,6 @@ def nodes_held(recipe: Recipe, tell: Callable[[str], None]) -> Iterator[None]:
     finally:
         if group:
             remove_placement_group(group)  # From here on the actors themselves are the demand.
-
-
-def _bundles(recipe: Recipe) -> list[dict[str, float]]:
-    return [demand(placement) for _, placement, num in roles(recipe) for _ in range(num) if demand(placement)]
 
 
 def check_cluster(recipe: Recipe) -> None:
