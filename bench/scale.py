@@ -33,7 +33,7 @@ from learner.receipts import receipt_of
 from protocol.groups import Group
 from protocol.recipe import Recipe
 from protocol.recipe_file import load_recipe
-from protocol.stream import GroupReader, Streams
+from protocol.stream import GroupReader, Streams, connect
 from protocol.tickets import Source, Ticket, TicketPlan
 
 RESULTS = Path(__file__).with_name("scale.json")
@@ -154,7 +154,7 @@ class Bench:
 
     def __init__(self, server: RedisServer, shape: tuple[int, ...]) -> None:
         self._shape, self._endpoint = shape, Endpoint(server.url, "scale", 1, 1, 60.0, own_versions())
-        self._server = psutil.Process(server.pid)
+        self._server = connect(server.url, timeout_s=60.0)
         self._streams: Streams = self._endpoint.open()
         self._streams.open()
         self._store = start_store(RECIPE)
@@ -220,11 +220,12 @@ class Bench:
         }
 
     def _usage(self) -> dict[str, float]:
-        server, own, machine = self._server.cpu_times(), psutil.Process().cpu_times(), psutil.cpu_times()
+        # What a system says of other processes comes in ticks of 10 ms; each knows of itself to the microsecond.
+        server, machine = self._server.info("cpu"), psutil.cpu_times()
         return {
             "workers": sum(ray.get([actor.cpu_s.remote() for actor in self._actors])),
-            "server": server.user + server.system,
-            "rank": own.user + own.system,
+            "server": server["used_cpu_user"] + server["used_cpu_sys"],
+            "rank": time.process_time(),
             "all": sum(machine) - machine.idle - machine.iowait - machine.guest - machine.guest_nice,
             "clock": time.time(),
         }

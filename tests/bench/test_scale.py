@@ -11,4 +11,4 @@ def test_the_plumbing_is_measured_with_and_without_a_pace() -> None:
     assert cases == [(1, 0), (1, 0.2), (2, 0), (2, 0.2)]
     for point in measured["points"]:
         assert 0 < point["groups_per_s"] <= point["actors"] / max(point["compute_s"], 1e-3)
-        assert min(point[part] for part in ("latency_s", "workers_s", "rank_s", "broadcast_s")) > 0
+        assert min(point[part] for part in ("latency_s", "workers_s", "server_s", "rank_s", "broadcast_s")) > 0
