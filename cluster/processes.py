@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import ray
 
 from cluster.pulse import HEALTH
@@ -193,6 +194,7 @@ class LearnerProcess:
         address, port = meeting
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(recipe.learner.world_size))
         os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+        _choose_interface()
         import torch
 
         from learner.train import LearnerRank
@@ -219,6 +221,15 @@ class LearnerProcess:
         """See Sampling; before or after training, by a rank that samples."""
         assert self._sampling is not None, "this rank does not sample"
         return self._sampling.draw_grid(prompts, data)
+
+
+def _choose_interface() -> None:
+    """Has gloo use the interface by which other nodes reach this one. By itself it takes that to which the machine's
+    name resolves, often loopback. NCCL never takes that, and is left alone."""
+    own = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == own for entry in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 class RewardProcess:
