@@ -78,10 +78,12 @@ class Authority:
 
 
 class TlsProxy:
-    """Listens with TLS on `port` of loopback and hands all on to another port. `clients` signs whom it lets in."""
+    """Listens with TLS on `port` of a host and hands all on to another port. `clients` signs whom it lets in."""
 
-    def __init__(self, target_port: int, pair: Pair, *, clients: Authority | None = None) -> None:
-        self._target_port = target_port
+    def __init__(
+        self, target_port: int, pair: Pair, *, clients: Authority | None = None, host: str = "127.0.0.1"
+    ) -> None:
+        self._host, self._target_port = host, target_port
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(pair.certificate, pair.key)
         if clients is not None:
@@ -91,21 +93,25 @@ class TlsProxy:
         self._listens = threading.Event()
         self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve()))
         self._end = asyncio.Event()
+        self._transports: list[asyncio.WriteTransport] = []
         self.port = 0
 
     async def _serve(self) -> None:
         self._loop.set_exception_handler(lambda loop, context: None)  # Handshakes are there to fail.
-        server = await asyncio.start_server(self._forward, "127.0.0.1", 0, ssl=self._context)
+        server = await asyncio.start_server(self._forward, self._host, 0, ssl=self._context)
         self.port = server.sockets[0].getsockname()[1]
         self._listens.set()
         await self._end.wait()
         server.close()
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
+        for transport in self._transports:
+            transport.abort()  # Closing would wait for peers that have fallen silent.
         await asyncio.sleep(0)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
+        inner_reader, inner_writer = await asyncio.open_connection(self._host, self._target_port)
+        self._transports += [writer.transport, inner_writer.transport]
         try:
             await asyncio.gather(copy_bytes(reader, inner_writer), copy_bytes(inner_reader, writer))
         finally:
