@@ -237,6 +237,7 @@ def _start(recipe: Recipe, options: argparse.Namespace) -> None:
     from cluster.driver import Driver, check_redis, default_run_dir
     from cluster.memory import check_here, peak_numbers
     from cluster.progress import display
+    from cluster.ray_head import check_head
     from cluster.run_dir import RunDir
     from protocol.base_model import pinned
     from rewards.loading import pins_of, resolve
@@ -246,6 +247,7 @@ def _start(recipe: Recipe, options: argparse.Namespace) -> None:
         # What needs an environment of its own cannot be imported here; its actor is tried before anything is sampled.
         if not pins_of(reward):
             resolve(reward.name)
+    check_head()
     check_redis(recipe)
     check_here(recipe, lambda words: print(f"note: {words}", flush=True))
     run_dir = RunDir(options.run_dir or default_run_dir(options.recipe), recipe, resume=options.resume)

@@ -28,6 +28,7 @@ from cluster.attempt import Attempt, LearnerLostError, Show, Status
 from cluster.environments import prepare
 from cluster.memory import check_nodes
 from cluster.nodes import nodes_held
+from cluster.ray_head import head_address
 from cluster.redis_server import ForeignRedis, RedisKeeper, RedisServer
 from cluster.run_dir import RunDir
 from cluster.signals import interrupt_on_sigterm
@@ -57,7 +58,7 @@ class Driver:
             interrupt_on_sigterm()
             stack.callback(ray.shutdown)
             with nodes_held(self._recipe, self._tell):
-                if os.environ.get("RAY_ADDRESS"):
+                if head_address():
                     check_nodes(self._recipe, self._tell)
                 environments = self._environments()
             while True:

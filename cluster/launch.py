@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from cluster.nodes import Strategy, demand, roles
 from cluster.processes import Endpoint, LearnerProcess, RewardProcess, RolloutProcess, device_of
 from cluster.pulse import HEALTH
+from cluster.ray_head import check_head, head_address
 from cluster.scoring import RewardPool
 from cluster.weight_store import WeightStore
 from protocol import log
@@ -31,18 +32,30 @@ MORE_ACTORS = 16
 
 
 def connect_ray(recipe: Recipe, *, debug: bool) -> None:
-    """Joins the cluster that RAY_ADDRESS names (as in `ray job submit`), or starts a local Ray of our own."""
-    address = os.environ.get("RAY_ADDRESS")
+    """Joins the cluster that RAY_ADDRESS names, or starts a local Ray of our own. Raises TrainingError."""
+    check_head()
+    address = head_address()
     options: dict[str, Any] = {"address": address} if address else local_options(recipe)
-    ray.init(
-        **options,
-        log_to_driver=debug,
-        logging_level="INFO" if debug else "ERROR",
-        runtime_env={
-            "worker_process_setup_hook": "sfumato.set_up_ray_worker",
-            "env_vars": {WORKING_DIR: os.getcwd()},
-        },
-    )
+    try:
+        ray.init(
+            **options,
+            log_to_driver=debug,
+            logging_level="INFO" if debug else "ERROR",
+            runtime_env={
+                "worker_process_setup_hook": "sfumato.set_up_ray_worker",
+                "env_vars": {WORKING_DIR: os.getcwd()},
+            },
+        )
+    except Exception as error:  # Of no kind of its own where a node does not start in the 30 s that Ray gives it.
+        if address:
+            raise TrainingError(
+                f"this process cannot join the Ray cluster at {address}: {error}",
+                do="run it on a node of the cluster, as `ray job submit` does, with the cluster's version of Ray",
+            ) from error
+        raise TrainingError(
+            f"Ray could not be started on this machine: {error}",
+            do="run again when the machine is less busy; --debug, and /tmp/ray/session_latest/logs, say more",
+        ) from error
 
 
 def local_options(recipe: Recipe) -> dict[str, Any]:

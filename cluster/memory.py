@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.doctor.machine import driver_gpus, free_memory_bytes, total_memory_bytes
+from cluster.ray_head import head_address
 from protocol.activations import MARGIN
 from protocol.errors import RecipeError
 from protocol.memory import GIB, Item, Process, describe, estimate
@@ -113,7 +113,7 @@ def _all_items(processes: Sequence[Process], place: str) -> tuple[Item, ...]:
 
 def check_here(recipe: Recipe, warn: Callable[[str], None]) -> None:
     """Checks a run on this machine alone; with RAY_ADDRESS the cluster's nodes are asked once they are known."""
-    if not os.environ.get("RAY_ADDRESS"):
+    if not head_address():
         check_memory(recipe, [this_machine()], warn)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from cluster.doctor.finding import Finding, Verdict, guarded
 from cluster.doctor.packages import TorchFacts, check_imports, check_packages, torch_facts
-from protocol.errors import RedisError
+from cluster.ray_head import check_head, head_address
+from protocol.errors import RedisError, TrainingError
 from protocol.memory import PROCESS_BYTES, estimate
 from protocol.paths import ROOT, model_source
 from protocol.recipe import Full, Recipe
@@ -39,6 +40,7 @@ def machine_findings(recipe: Recipe | None, run_folder: Path) -> Iterator[Findin
     yield from guarded("imports", lambda: check_imports(facts))
     yield from guarded("packages", lambda: check_packages(ROOT / "constraints.txt"))
     yield from guarded("Redis", lambda: [check_redis_server(recipe)])
+    yield from guarded("Ray", lambda: [check_ray()])
     yield from guarded("cores", lambda: [check_cores(recipe, num_cores())])
     yield from guarded("memory", lambda: [check_memory(recipe, free_memory_bytes())])
     yield from guarded("disk", lambda: [check_disk(recipe, run_folder)])
@@ -141,6 +143,18 @@ def check_redis_server(recipe: Recipe | None) -> Finding:
             return _describe_redis(server_facts(client), "our own, started and ended")
     except RedisError as error:
         return Finding("Redis", "error", str(error), do="see above")
+
+
+def check_ray() -> Finding:
+    """The cluster that runs are to join answers."""
+    address = head_address()
+    if address is None:
+        return Finding("Ray", "ok", "RAY_ADDRESS names no cluster; each run starts a Ray of its own")
+    try:
+        check_head()
+    except TrainingError as error:
+        return Finding("Ray", "error", str(error), do="see above")
+    return Finding("Ray", "ok", f"the head at {address} answers")
 
 
 def _describe_redis(servers: Sequence[Any], where: str) -> Finding:

@@ -307,6 +307,24 @@ def test_a_redis_url_of_a_variable_that_is_not_set_is_refused(
     assert "environment variable that is not set here" in message
 
 
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("10.0.0.4", "Expected: host:port"),
+        ("ray://10.0.0.4:10001", "`ray job submit` sets it there"),
+        ("127.0.0.1:1", "no Ray head answers at RAY_ADDRESS"),
+        ("127.0.0.1:99999999", "no Ray head answers at RAY_ADDRESS"),
+    ],
+)
+def test_a_cluster_that_nobody_can_join_is_refused(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, address: str, told: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    message = refused(*train())
+    assert told in message
+    assert repr(address) in message
+
+
 def test_a_directory_that_another_driver_uses_is_refused(refused: Refused, desk: Path) -> None:
     make_run(desk / "run")
     with (desk / "run" / ".lock").open("w") as lock:

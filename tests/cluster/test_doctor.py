@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -389,6 +390,15 @@ def test_a_package_that_is_too_old_is_an_error(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     finding = doctor_packages.check_ranges()
     assert (finding.verdict, finding.found) == ("error", "peft is 0.1.0, not >=0.21")
+
+
+def test_a_cluster_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address, verdict in (("", "ok"), ("local", "ok"), ("127.0.0.1:1", "error"), ("10.0.0.4", "error")):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert doctor_machine.check_ray().verdict == verdict
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head.getsockname()[1]}")
+        assert doctor_machine.check_ray().verdict == "ok"
 
 
 def test_our_own_redis_is_started_and_ended(tmp_path: Path) -> None:
