@@ -249,7 +249,7 @@ def measure(
     counts: Sequence[int] = COUNTS, shape: tuple[int, ...] = SD_SHAPE, paced_s: float = PACED_S
 ) -> dict[str, Any]:
     """Returns what is measured at each number of actors that fits into memory."""
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     points = []
     with tempfile.TemporaryDirectory() as folder, RedisServer(Path(folder)) as server:
         bench = Bench(server, shape)
