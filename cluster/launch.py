@@ -70,7 +70,8 @@ def start_store(recipe: Recipe) -> Any:
     """Starts the weight store beside the driver, on the one node that no run can do without. It holds one version more
     than may be asked for, since the next comes before it is due."""
     remote = ray.remote(concurrency_groups={HEALTH: 1})(WeightStore)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Softly, Ray would leave an actor that asks for nothing wherever it happens to be put first.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "max_restarts": ROLE_RESTARTS, "max_task_retries": -1, "scheduling_strategy": here}
     return remote.options(**options).remote(recipe.lag + 2)
 

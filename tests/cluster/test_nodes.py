@@ -13,6 +13,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
+from cluster.launch import start_store
 from cluster.memory import check_nodes
 from cluster.nodes import check_cluster, demand, missing_resources, nodes_held
 from protocol.errors import RecipeError
@@ -66,6 +67,19 @@ def enter(recipe: Recipe, said: list[str]) -> list[str]:
 def test_one_process_reserves_what_its_placement_names_and_nothing_of_which_it_wants_none() -> None:
     placement = Placement(num_cpus=0, num_gpus=1, resources={"rollout": 1, "spot": 0})
     assert demand(placement) == {"GPU": 1, "rollout": 1}
+
+
+def test_the_weight_store_is_beside_the_driver_however_many_nodes_there_are(cluster: Any) -> None:
+    others = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    cluster.wait_for_nodes()
+    # Each by itself would be there by chance once in three times.
+    stores = [start_store(load_recipe("recipes/tiny_prdp.yaml")) for _ in range(4)]
+    on = ray.get([store.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for store in stores])
+    for store in stores:
+        ray.kill(store)
+    for node in others:
+        cluster.remove_node(node)
+    assert on == [ray.get_runtime_context().get_node_id()] * 4
 
 
 @pytest.mark.usefixtures("cluster")
