@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Self
 
 import psutil
-import pytest
 
 from protocol.paths import ROOT
 from tests.end_to_end.runs import environment
@@ -29,20 +28,31 @@ PREFIX = "10.77.0."
 REDIS_ADDRESS = f"{PREFIX}100"
 """Of the head too; so what goes to Redis can be lost while what goes to Ray is not."""
 
+RAY_FOLDER = Path("/tmp/ray")
 GCS_PORT, REDIS_PORT = 6379, 6380
 NOWHERE = "02:00:00:00:00:ff"
 """The hardware address of nobody."""
 
 START_TIMEOUT_S = 60.0
-OBJECT_STORE_BYTES = 2**27
+OBJECT_STORE_BYTES = 2**28
+
+
+class NoNetworkError(Exception):
+    """This system makes no networks for us: it is no Linux, we are not root, or iproute2 is not installed."""
 
 
 class Machine:
     """An address, a cable, and what runs behind them. Made by `Network.add`."""
 
-    def __init__(self, network: str, name: str, number: int) -> None:
+    def __init__(self, network: str, name: str, number: int, folder: Path) -> None:
+        """`folder` becomes its own /tmp/ray, by which Ray's processes find the node that they are on."""
         self.address = f"{PREFIX}{number}"
+        folder.mkdir()
+        RAY_FOLDER.mkdir(exist_ok=True)
         self._space, self._switch, self._cable = f"{network}-{name}", network, f"cable{number}"
+        hide = ("unshare", "--mount", "sh", "-c", f'mount --bind "$0" {RAY_FOLDER} && exec "$@"', str(folder))
+        self.prefix = ("ip", "netns", "exec", self._space, *hide)
+        """Words before a command that has it run here."""
         self._started: list[subprocess.Popen[bytes]] = []
         ip("netns", "add", self._space)
         ip(
@@ -62,7 +72,7 @@ class Machine:
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """What this thread starts or opens runs on the machine."""
+        """What this thread opens, and what threads that it starts open, is opened on the machine."""
         with open("/proc/thread-self/ns/net") as ours, open(f"/run/netns/{self._space}") as theirs:
             _enter(theirs.fileno())
             try:
@@ -72,8 +82,10 @@ class Machine:
 
     def start(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         """Starts what ends with the machine."""
-        with self.inside(), log.open("w") as output:
-            process = subprocess.Popen(command, env=environment({}), stdout=output, stderr=subprocess.STDOUT)
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [*self.prefix, *command], env=environment({}), stdout=output, stderr=subprocess.STDOUT
+            )
         self._started.append(process)
         return process
 
@@ -134,7 +146,7 @@ class Network:
         return self._machines[name]
 
     def _connect(self, name: str) -> Machine:
-        machine = Machine(self._name, name, len(self._machines) + 1)
+        machine = Machine(self._name, name, len(self._machines) + 1, self._folder / name)
         self._machines[name] = machine
         return machine
 
@@ -154,9 +166,9 @@ class Network:
         folder = self._folder / "redis"
         authority = Authority(self._folder / "authority")
         command = ["-m", "cluster.head_redis", f"--host={REDIS_ADDRESS}", f"--port={REDIS_PORT}", f"--folder={folder}"]
+        url = subprocess.check_output([*self.head.prefix, sys.executable, *command], cwd=ROOT, text=True).strip()
+        pair = authority.issue(REDIS_ADDRESS)
         with self.head.inside():
-            url = subprocess.check_output([sys.executable, *command], cwd=ROOT, text=True).strip()
-            pair = authority.issue(REDIS_ADDRESS)
             proxy = self._open.enter_context(TlsProxy(REDIS_PORT, pair, host=REDIS_ADDRESS))
         url = url.replace("redis://", "rediss://").replace(f":{REDIS_PORT}/", f":{proxy.port}/")
         return f"{url}?ssl_ca_certs={authority.certificate}"
@@ -181,7 +193,7 @@ class Network:
             ip("link", "add", "switch", "type", "bridge", space=self._name)
             ip("link", "set", "switch", "up", space=self._name)
         except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"this system makes no networks for us: {error}")
+            raise NoNetworkError(str(error)) from error
 
     def _take_down(self) -> None:
         for machine in self._machines.values():
@@ -193,7 +205,7 @@ class Network:
 
 
 def ip(*words: str, space: str | None = None) -> str:
-    """Runs iproute2's command and returns what it prints."""
+    """Runs iproute2's command and returns what it prints. Raises CalledProcessError."""
     command = ["ip", *(["-netns", space] if space else []), *words]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 

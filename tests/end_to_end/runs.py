@@ -34,13 +34,17 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 def sfumato(
-    *arguments: str | Path, cwd: Path, env: Mapping[str, str] = {}, timeout_s: float = TIMEOUT_S
+    *arguments: str | Path,
+    cwd: Path,
+    env: Mapping[str, str] = {},
+    timeout_s: float = TIMEOUT_S,
+    prefix: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `sfumato ARGUMENTS` and returns its exit code and output, whatever they are."""
+    """Runs `[PREFIX] sfumato ARGUMENTS` and returns its exit code and output, whatever they are."""
     # Files, since Ray's agents would hold pipes open for a while after a time-out.
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         done = subprocess.run(
-            [COMMAND, *map(str, arguments)],
+            [*prefix, COMMAND, *map(str, arguments)],
             cwd=cwd,
             env=environment(env),
             stdout=output,
@@ -115,11 +119,17 @@ class Driver:
     """A driver that runs beside the test, so that the test can kill what it started."""
 
     def __init__(
-        self, folder: Path, arguments: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str] = {}
+        self,
+        folder: Path,
+        arguments: Sequence[str | Path],
+        *,
+        cwd: Path,
+        env: Mapping[str, str] = {},
+        prefix: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self._log = cwd / f"{folder.name}.log"
-        command = [COMMAND, "train", *map(str, arguments), "--run-dir", str(folder)]
+        command = [*prefix, COMMAND, "train", *map(str, arguments), "--run-dir", str(folder)]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 command, cwd=cwd, env=environment(env), stdout=log, stderr=subprocess.STDOUT, text=True
@@ -191,7 +201,8 @@ class Driver:
         return self._log.read_text()
 
     def _below(self) -> list[psutil.Process]:
-        return psutil.Process(self._process.pid).children(recursive=True)
+        below: list[psutil.Process] = psutil.Process(self._process.pid).children(recursive=True)
+        return below
 
 
 def _title(process: psutil.Process) -> str:
