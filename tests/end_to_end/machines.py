@@ -109,16 +109,12 @@ class Machine:
         """Loses nothing more to an address."""
         ip("neighbour", "delete", address, "dev", "eth0", space=self._space)
 
-    def kill(self) -> None:
-        """Kills all that runs on it."""
+    def take_down(self) -> None:
+        """Kills all that runs on it and removes it."""
         for process in self._processes():
             process.kill()
         for process in self._started:
             process.wait()
-
-    def take_down(self) -> None:
-        """Kills all that runs on it and removes it."""
-        self.kill()
         ip("netns", "delete", self._space)
 
     def _processes(self) -> Iterator[psutil.Process]:

@@ -201,8 +201,7 @@ class Driver:
         return self._log.read_text()
 
     def _below(self) -> list[psutil.Process]:
-        below: list[psutil.Process] = psutil.Process(self._process.pid).children(recursive=True)
-        return below
+        return psutil.Process(self._process.pid).children(recursive=True)
 
 
 def _title(process: psutil.Process) -> str:
